@@ -1,0 +1,159 @@
+//! Devices: what a backend can do ([`Backend`], contracts in [`ops`]), what that means ([`mod@reference`]), and the real ones.
+
+pub mod cpu;
+mod error;
+pub mod ops;
+pub mod reference;
+mod step;
+
+pub use error::BackendError;
+pub use step::{StepLayout, StepLimits, StepSequence};
+
+use crate::dtype::DType;
+
+/// Rows of equal width.
+pub trait Shaped {
+    /// Rows that fit.
+    fn rows(&self) -> usize;
+    /// Numbers in a row.
+    fn width(&self) -> usize;
+}
+
+/// A linear map in a backend's own layout: W (o, k), and an optional extension X (o, w).
+pub trait Matrix {
+    /// o.
+    fn outputs(&self) -> usize;
+    /// k.
+    fn inputs(&self) -> usize;
+    /// w, or 0.
+    fn extension_inputs(&self) -> usize;
+    /// Bytes on the device.
+    fn bytes(&self) -> usize;
+}
+
+/// A matrix on the host: row-major (rows, cols), each row a whole number of blocks of `dtype`.
+#[derive(Clone, Copy, Debug)]
+pub struct HostMatrix<'a> {
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// Format of the elements.
+    pub dtype: DType,
+    /// `rows * dtype.bytes_of(cols)` bytes.
+    pub bytes: &'a [u8],
+}
+
+/// In which format a backend keeps float weights. Block formats always stay as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// As stored in the file.
+    #[default]
+    Stored,
+    /// Widened to f32.
+    F32,
+    /// Rounded to bf16 (to nearest, ties to even).
+    BF16,
+}
+
+/// Storage of K and V.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvFormat {
+    /// Half the bytes; K and V rounded to nearest even.
+    #[default]
+    BF16,
+    /// Exact.
+    F32,
+}
+
+impl KvFormat {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::BF16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// Shape of a K/V cache: `blocks` blocks of [`crate::types::BLOCK_TOKENS`] positions in each layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers.
+    pub layers: usize,
+    /// Blocks in each layer.
+    pub blocks: usize,
+    /// K/V heads.
+    pub kv_heads: usize,
+    /// Size of a head.
+    pub head_size: usize,
+    /// Storage.
+    pub format: KvFormat,
+}
+
+impl KvShape {
+    /// Bytes of one block over all layers, K and V together.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.layers * self.kv_heads * self.head_size * crate::types::BLOCK_TOKENS * self.format.bytes()
+    }
+}
+
+/// A device that holds weights and buffers and runs the ops of [`ops`].
+///
+/// Every op writes into buffers made beforehand: a step allocates nothing. An op's result for a row depends on that row's
+/// inputs alone, to the bit, whatever else is in the batch (batch invariance).
+pub trait Backend: Sized + Send + 'static {
+    /// Activations, `rows` x `width`; f32 as seen from the host.
+    type Buffer: Shaped + Send;
+    /// A linear map in this backend's layout.
+    type Matrix: Matrix + Send;
+    /// K and V of all layers.
+    type KvCache: Send;
+    /// What the ops must know of the current step, on the device.
+    type Step: Send;
+
+    /// The word used in flags and logs.
+    fn name(&self) -> &'static str;
+
+    /// Stacks `parts` (equal cols, any formats) along their rows into one matrix, with `extension` (same rows in all) behind
+    /// its columns. Float parts are kept as `format` says.
+    fn matrix(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<Self::Matrix, BackendError>;
+
+    /// A zeroed buffer.
+    fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
+
+    /// Overwrites the first rows of `buffer` with `values` (whole rows).
+    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<(), BackendError>;
+
+    /// The first `rows` rows of `buffer`, after all ops so far.
+    fn read<'a>(&'a self, buffer: &'a Self::Buffer, rows: usize) -> Result<&'a [f32], BackendError>;
+
+    /// A cache for K and V; its contents are arbitrary but finite until written.
+    fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
+
+    /// Room for steps within `limits`.
+    fn step(&self, limits: StepLimits) -> Result<Self::Step, BackendError>;
+
+    /// Checks `layout` against the limits of `step` and makes it the current one.
+    fn load_step(&self, layout: &StepLayout<'_>, step: &mut Self::Step) -> Result<(), BackendError>;
+
+    /// [`ops::EMBED`].
+    fn embed(&mut self, args: ops::Embed<'_, Self>) -> Result<(), BackendError>;
+    /// [`ops::RMS_NORM`].
+    fn rms_norm(&mut self, args: ops::RmsNorm<'_, Self>) -> Result<(), BackendError>;
+    /// [`ops::MATMUL`].
+    fn matmul(&mut self, args: ops::MatMul<'_, Self>) -> Result<(), BackendError>;
+    /// [`ops::ROPE_KV_WRITE`].
+    fn rope_kv_write(&mut self, args: ops::RopeKvWrite<'_, Self>) -> Result<(), BackendError>;
+    /// [`ops::ATTENTION`].
+    fn attention(&mut self, args: ops::Attention<'_, Self>) -> Result<(), BackendError>;
+    /// [`ops::SILU_MUL_EXPERT_MIX`].
+    fn silu_mul_expert_mix(&mut self, args: ops::SiluMulExpertMix<'_, Self>) -> Result<(), BackendError>;
+    /// [`ops::GATHER_ROWS`].
+    fn gather_rows(&mut self, args: ops::GatherRows<'_, Self>) -> Result<(), BackendError>;
+}

@@ -1,0 +1,361 @@
+//! The table of ops: each op's contract, stated once. [`bind`] checks a call against it, `reference.rs` says in plain loops
+//! what it means, every backend and every test obeys it.
+//!
+//! Axes: `n` rows of the step (tokens), `d` hidden size, `m` MLP width, `k` inputs and `o` outputs of a matrix, `w` = both
+//! experts' ranks together, `r` rows whose logits are wanted, `l` layers, `c` head size, `p` positions.
+
+use super::{Backend, BackendError, KvShape, Matrix, Shaped};
+
+/// How far a backend may be from the reference, as a fraction of the largest magnitude of the output.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    /// With f32 storage: sums in any order.
+    pub f32: f32,
+    /// With bf16 storage of the operand that the op writes or reads back: its roundings.
+    pub bf16: f32,
+}
+
+/// One op's contract.
+#[derive(Debug)]
+pub struct Op {
+    /// Also the name of its kernel file and of its function in `reference.rs`.
+    pub name: &'static str,
+    /// What it computes, in MIDPO.md's symbols.
+    pub formula: &'static str,
+    /// Operands in the order of [`bind`]'s `shapes`: name and axes. An output's name starts with `>`.
+    pub operands: &'static [(&'static str, &'static str)],
+    /// Layout beyond row-major.
+    pub layout: &'static str,
+    /// Against `reference.rs`.
+    pub tolerance: Tolerance,
+}
+
+const SUMS: Tolerance = Tolerance { f32: 1e-5, bf16: 8e-3 };
+const EXACT: Tolerance = Tolerance { f32: 0.0, bf16: 0.0 };
+
+/// Rows of the embedding table.
+pub const EMBED: Op = Op {
+    name: "embed",
+    formula: "x_i = W[token_i], widened exactly",
+    operands: &[("table", "v d"), (">x", "n d")],
+    layout: "",
+    tolerance: EXACT,
+};
+
+/// Root-mean-square norm.
+pub const RMS_NORM: Op = Op {
+    name: "rms_norm",
+    formula: "y = x / sqrt(mean(x^2) + eps) * weight",
+    operands: &[("x", "n d"), ("weight", "1 d"), (">y", "n d")],
+    layout: "",
+    tolerance: SUMS,
+};
+
+/// Every linear map of the model, with the routed mix as an extension of K.
+pub const MATMUL: Op = Op {
+    name: "matmul",
+    formula: "y (+)= [W | X] [x_k ; x_w]; X is the extension [s B_s | s B_h] (MIDPO.md 1), w = 0 without one",
+    operands: &[("x", "n k+w"), ("w", "o k+w"), (">y", "n o")],
+    layout: "W is stored by the backend as it likes; the sum of an element runs over k in a fixed order, whatever n",
+    tolerance: SUMS,
+};
+
+/// Rotary embedding of q and k, and the new rows of the K/V cache.
+pub const ROPE_KV_WRITE: Op = Op {
+    name: "rope_kv_write",
+    formula: "for q and k: (x_i, x_{i+c/2}) -> (x_i cos - x_{i+c/2} sin, x_{i+c/2} cos + x_i sin); k, v -> cache",
+    operands: &[(">qkv", "n qkv"), ("rope", "p c")],
+    layout: "a row of qkv: q heads, k heads, v heads; a row of rope: c/2 cosines, c/2 sines",
+    tolerance: SUMS,
+};
+
+/// Causal attention over the paged cache.
+pub const ATTENTION: Op = Op {
+    name: "attention",
+    formula: "softmax(q K^T / sqrt(c)) V over positions <= the row's own; query head h reads K/V head h / (heads / kv_heads)",
+    operands: &[("qkv", "n qkv"), (">y", "n q")],
+    layout: "the cache must already hold this step's k and v (rope_kv_write)",
+    tolerance: SUMS,
+};
+
+/// The MLP's nonlinearity and the experts' half of the routed layer.
+pub const SILU_MUL_EXPERT_MIX: Op = Op {
+    name: "silu_mul_expert_mix",
+    formula: "h = silu(gate) * up; z = E h; alpha = rule_s(z_a), beta = rule_h(z_b); hu = [h ; alpha A_s h ; beta A_h h]",
+    operands: &[("gate_up", "n 2m"), ("e", "w+2 m"), (">hu", "n m+w"), (">gates", "n 2l")],
+    layout: "rows of E: A_s, A_h, a, b (biases a0, b0 beside it); gates of layer i in columns 2i (alpha) and 2i + 1 (beta)",
+    tolerance: SUMS,
+};
+
+/// The rows that the head needs.
+pub const GATHER_ROWS: Op = Op {
+    name: "gather_rows",
+    formula: "y_i = x[logit_rows_i]",
+    operands: &[("x", "n d"), (">y", "r d")],
+    layout: "",
+    tolerance: EXACT,
+};
+
+/// All ops, for documentation and tests.
+pub const ALL: [&Op; 7] = [&EMBED, &RMS_NORM, &MATMUL, &ROPE_KV_WRITE, &ATTENTION, &SILU_MUL_EXPERT_MIX, &GATHER_ROWS];
+
+/// Heads of the attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// K/V heads; divides `query`.
+    pub kv: usize,
+    /// Size of a head, even.
+    pub size: usize,
+}
+
+impl Heads {
+    /// Width of a row of q, k and v together.
+    pub fn qkv_width(self) -> usize {
+        (self.query + 2 * self.kv) * self.size
+    }
+}
+
+/// Ranks of the two experts and biases of the folded gates, beside the matrix E.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertShape {
+    /// Rows of A_s.
+    pub safety_rank: usize,
+    /// Rows of A_h.
+    pub helpfulness_rank: usize,
+    /// a0 of MIDPO.md 1.
+    pub safety_bias: f32,
+    /// b0: the helpfulness gate's.
+    pub helpfulness_bias: f32,
+}
+
+impl ExpertShape {
+    /// `w`: numbers per token that the experts add behind h.
+    pub fn width(&self) -> usize {
+        self.safety_rank + self.helpfulness_rank
+    }
+}
+
+/// Arguments of [`EMBED`]; ids come from the step.
+pub struct Embed<'a, B: Backend> {
+    /// This step.
+    pub step: &'a B::Step,
+    /// (v, d).
+    pub table: &'a B::Matrix,
+    /// (n, d).
+    pub x: &'a mut B::Buffer,
+}
+
+/// Arguments of [`RMS_NORM`].
+pub struct RmsNorm<'a, B: Backend> {
+    /// Rows.
+    pub n: usize,
+    /// (n, d).
+    pub x: &'a B::Buffer,
+    /// (1, d).
+    pub weight: &'a B::Buffer,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// (n, d).
+    pub y: &'a mut B::Buffer,
+}
+
+/// Arguments of [`MATMUL`].
+pub struct MatMul<'a, B: Backend> {
+    /// Rows.
+    pub n: usize,
+    /// (n, k + w).
+    pub x: &'a B::Buffer,
+    /// (o, k), extension (o, w).
+    pub w: &'a B::Matrix,
+    /// (n, o).
+    pub y: &'a mut B::Buffer,
+    /// Add to `y` instead of storing: the residual connection.
+    pub add: bool,
+}
+
+/// Arguments of [`ROPE_KV_WRITE`].
+pub struct RopeKvWrite<'a, B: Backend> {
+    /// This step: positions and block tables.
+    pub step: &'a B::Step,
+    /// Layer of the cache.
+    pub layer: usize,
+    /// Heads.
+    pub heads: Heads,
+    /// (p, c).
+    pub rope: &'a B::Buffer,
+    /// (n, (query + 2 kv) c), rotated in place.
+    pub qkv: &'a mut B::Buffer,
+    /// Receives k and v.
+    pub cache: &'a mut B::KvCache,
+}
+
+/// Arguments of [`ATTENTION`].
+pub struct Attention<'a, B: Backend> {
+    /// This step: positions and block tables.
+    pub step: &'a B::Step,
+    /// Layer of the cache.
+    pub layer: usize,
+    /// Heads.
+    pub heads: Heads,
+    /// (n, (query + 2 kv) c), q already rotated.
+    pub qkv: &'a B::Buffer,
+    /// K and V.
+    pub cache: &'a B::KvCache,
+    /// (n, query c).
+    pub y: &'a mut B::Buffer,
+}
+
+/// Arguments of [`SILU_MUL_EXPERT_MIX`].
+pub struct SiluMulExpertMix<'a, B: Backend> {
+    /// This step: gate rules.
+    pub step: &'a B::Step,
+    /// Layer whose columns of `gates` are written.
+    pub layer: usize,
+    /// (n, 2m): gate, up.
+    pub gate_up: &'a B::Buffer,
+    /// E (w + 2, m) and its shape; `None` for a plain Llama: then w = 0 and `gates` is left alone.
+    pub experts: Option<(&'a B::Matrix, ExpertShape)>,
+    /// (n, m + w).
+    pub hu: &'a mut B::Buffer,
+    /// (n, 2l).
+    pub gates: &'a mut B::Buffer,
+}
+
+/// Arguments of [`GATHER_ROWS`]; the rows come from the step.
+pub struct GatherRows<'a, B: Backend> {
+    /// This step: rows whose logits are wanted.
+    pub step: &'a B::Step,
+    /// (n, d).
+    pub x: &'a B::Buffer,
+    /// (r, d).
+    pub y: &'a mut B::Buffer,
+}
+
+/// A buffer may hold more rows than a call uses, never fewer and never of another width.
+pub fn bind_rows<S: Shaped>(
+    op: &'static Op,
+    operand: &'static str,
+    buffer: &S,
+    rows: usize,
+    width: usize,
+) -> Result<(), BackendError> {
+    if buffer.width() == width && buffer.rows() >= rows {
+        return Ok(());
+    }
+    Err(BackendError::Contract {
+        op: op.name,
+        operand,
+        expected: format!("at least {rows} rows of {width}"),
+        found: format!("{} rows of {}", buffer.rows(), buffer.width()),
+    })
+}
+
+fn bind_value(op: &'static Op, operand: &'static str, expected: usize, found: usize) -> Result<(), BackendError> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(BackendError::Contract { op: op.name, operand, expected: expected.to_string(), found: found.to_string() })
+}
+
+/// Axes of a bound [`MATMUL`].
+pub struct MatMulAxes {
+    /// Rows.
+    pub n: usize,
+    /// Inputs of W.
+    pub k: usize,
+    /// Inputs of the extension.
+    pub w: usize,
+    /// Outputs.
+    pub o: usize,
+}
+
+impl<B: Backend> MatMul<'_, B> {
+    /// Checks the call; from here on the axes are true.
+    pub fn bind(&self) -> Result<MatMulAxes, BackendError> {
+        let (o, k, w) = (self.w.outputs(), self.w.inputs(), self.w.extension_inputs());
+        bind_rows(&MATMUL, "x", self.x, self.n, k + w)?;
+        bind_rows(&MATMUL, "y", self.y, self.n, o)?;
+        Ok(MatMulAxes { n: self.n, k, w, o })
+    }
+}
+
+impl<B: Backend> Embed<'_, B> {
+    /// Checks the call and returns n; ids were checked against the vocabulary when the step was made.
+    pub fn bind(&self, n: usize) -> Result<usize, BackendError> {
+        bind_rows(&EMBED, "x", self.x, n, self.table.inputs())?;
+        Ok(n)
+    }
+}
+
+impl<B: Backend> RmsNorm<'_, B> {
+    /// Checks the call and returns d.
+    pub fn bind(&self) -> Result<usize, BackendError> {
+        let d = self.weight.width();
+        bind_rows(&RMS_NORM, "weight", self.weight, 1, d)?;
+        bind_rows(&RMS_NORM, "x", self.x, self.n, d)?;
+        bind_rows(&RMS_NORM, "y", self.y, self.n, d)?;
+        Ok(d)
+    }
+}
+
+fn bind_cache(op: &'static Op, shape: KvShape, layer: usize, heads: Heads) -> Result<(), BackendError> {
+    bind_value(op, "heads.kv", shape.kv_heads, heads.kv)?;
+    bind_value(op, "heads.size", shape.head_size, heads.size)?;
+    if layer >= shape.layers {
+        return Err(BackendError::Contract {
+            op: op.name,
+            operand: "layer",
+            expected: format!("below {}", shape.layers),
+            found: layer.to_string(),
+        });
+    }
+    Ok(())
+}
+
+impl<B: Backend> RopeKvWrite<'_, B> {
+    /// Checks the call for `n` rows whose last position is below `positions`.
+    pub fn bind(&self, n: usize, positions: usize, cache: KvShape) -> Result<(), BackendError> {
+        bind_rows(&ROPE_KV_WRITE, "qkv", self.qkv, n, self.heads.qkv_width())?;
+        bind_rows(&ROPE_KV_WRITE, "rope", self.rope, positions, self.heads.size)?;
+        bind_cache(&ROPE_KV_WRITE, cache, self.layer, self.heads)
+    }
+}
+
+impl<B: Backend> Attention<'_, B> {
+    /// Checks the call for `n` rows.
+    pub fn bind(&self, n: usize, cache: KvShape) -> Result<(), BackendError> {
+        bind_rows(&ATTENTION, "qkv", self.qkv, n, self.heads.qkv_width())?;
+        bind_rows(&ATTENTION, "y", self.y, n, self.heads.query * self.heads.size)?;
+        bind_value(&ATTENTION, "heads.query % heads.kv", 0, self.heads.query % self.heads.kv.max(1))?;
+        bind_cache(&ATTENTION, cache, self.layer, self.heads)
+    }
+}
+
+impl<B: Backend> SiluMulExpertMix<'_, B> {
+    /// Checks the call for `n` rows and returns m.
+    pub fn bind(&self, n: usize) -> Result<usize, BackendError> {
+        let op = &SILU_MUL_EXPERT_MIX;
+        let m = self.gate_up.width() / 2;
+        let w = self.experts.as_ref().map_or(0, |(_, shape)| shape.width());
+        bind_rows(op, "gate_up", self.gate_up, n, 2 * m)?;
+        bind_rows(op, "hu", self.hu, n, m + w)?;
+        if let Some((e, shape)) = &self.experts {
+            bind_value(op, "e.inputs", m, e.inputs())?;
+            bind_value(op, "e.outputs", shape.width() + 2, e.outputs())?;
+            bind_rows(op, "gates", self.gates, n, self.gates.width().max(2 * (self.layer + 1)))?;
+        }
+        Ok(m)
+    }
+}
+
+impl<B: Backend> GatherRows<'_, B> {
+    /// Checks the call for `n` rows of which `r` are wanted, and returns d.
+    pub fn bind(&self, n: usize, r: usize) -> Result<usize, BackendError> {
+        let d = self.x.width();
+        bind_rows(&GATHER_ROWS, "x", self.x, n, d)?;
+        bind_rows(&GATHER_ROWS, "y", self.y, r, d)?;
+        Ok(d)
+    }
+}

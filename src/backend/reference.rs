@@ -1,0 +1,1 @@
+//! Every op in plain loops: the definition of right.

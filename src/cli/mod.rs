@@ -1,0 +1,1 @@
+//! Subcommands: each builds the objects it needs and joins them.

@@ -1,0 +1,274 @@
+//! Element and block formats: their sizes, and the one exact widening of each to f32.
+//!
+//! The block formats are GGUF's (ggml): a row is cut into blocks of 32 or 256 weights which share scales.
+//! Checkpoints name them, backends repack them, training widens them; all through [`DType::widen`].
+
+use half::{bf16, f16};
+
+/// Format of a tensor's elements. A row of `k` elements must be a whole number of blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// 32 weights: f16 scale, 32 int8.
+    Q8_0,
+    /// 32 weights: f16 scale, 16 bytes of nibbles minus 8.
+    Q4_0,
+    /// 32 weights: f16 scale, f16 minimum, 16 bytes of nibbles.
+    Q4_1,
+    /// 32 weights: f16 scale, 4 bytes of fifth bits, 16 bytes of nibbles, minus 16.
+    Q5_0,
+    /// 32 weights: f16 scale, f16 minimum, 4 bytes of fifth bits, 16 bytes of nibbles.
+    Q5_1,
+    /// 256 weights in 8 groups: f16 scale of scales and of minima, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles.
+    Q4K,
+    /// As `Q4K` with 32 bytes of fifth bits.
+    Q5K,
+    /// 256 weights in 16 groups: low nibbles, high pairs, int8 scales, f16 scale of scales.
+    Q6K,
+}
+
+impl DType {
+    /// Every format.
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
+
+    /// Elements in a block; 1 for plain formats.
+    pub fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
+            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::Q8_0 => 34,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
+            Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
+        }
+    }
+
+    /// The field's usual name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
+            Self::Q4K => "q4_K",
+            Self::Q5K => "q5_K",
+            Self::Q6K => "q6_K",
+        }
+    }
+
+    /// Whether elements are stored in blocks.
+    pub fn is_quantised(self) -> bool {
+        self.block_len() > 1
+    }
+
+    /// Bytes of `elements` elements; `None` when they are not whole blocks or the count overflows.
+    pub fn bytes_of(self, elements: usize) -> Option<usize> {
+        let whole = elements.is_multiple_of(self.block_len());
+        whole.then(|| (elements / self.block_len()).checked_mul(self.block_bytes())).flatten()
+    }
+}
+
+impl DType {
+    /// Widens `bytes` (whole blocks) into `out`, exactly: f32 holds every value of every format, and block formats are
+    /// evaluated in f32 in ggml's order, so that the result is bit-equal to its `dequantize_row_*`.
+    ///
+    /// # Panics
+    /// When `bytes` is not what [`DType::bytes_of`] says for `out.len()`: shapes are checked where tensors are made.
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        assert_eq!(Some(bytes.len()), self.bytes_of(out.len()), "{} bytes for {} elements", self.as_str(), out.len());
+        match self {
+            Self::F32 => {
+                for (x, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *x = f32::from_le_bytes(*b);
+                }
+            }
+            Self::F16 => {
+                for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *x = f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Self::BF16 => {
+                for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *x = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+                }
+            }
+            Self::Q8_0 => blocks::<34, 32>(bytes, out, widen_q8_0),
+            Self::Q4_0 => blocks::<18, 32>(bytes, out, widen_q4_0),
+            Self::Q4_1 => blocks::<20, 32>(bytes, out, widen_q4_1),
+            Self::Q5_0 => blocks::<22, 32>(bytes, out, widen_q5_0),
+            Self::Q5_1 => blocks::<24, 32>(bytes, out, widen_q5_1),
+            Self::Q4K => blocks::<144, 256>(bytes, out, widen_q4_k),
+            Self::Q5K => blocks::<176, 256>(bytes, out, widen_q5_k),
+            Self::Q6K => blocks::<210, 256>(bytes, out, widen_q6_k),
+        }
+    }
+
+    /// Index of the first element (for block formats: of the first element of the first block) that is NaN or infinite.
+    /// Reads no more than the scales of block formats. `bytes` are whole blocks.
+    pub fn first_non_finite(self, bytes: &[u8]) -> Option<usize> {
+        let f16_ok = |b: [u8; 2]| f16::from_le_bytes(b).is_finite();
+        match self {
+            Self::F32 => bytes.as_chunks::<4>().0.iter().position(|b| !f32::from_le_bytes(*b).is_finite()),
+            Self::F16 => bytes.as_chunks::<2>().0.iter().position(|b| !f16_ok(*b)),
+            Self::BF16 => bytes.as_chunks::<2>().0.iter().position(|b| !bf16::from_le_bytes(*b).is_finite()),
+            Self::Q8_0 | Self::Q4_0 | Self::Q5_0 => {
+                self.first_block(bytes, |block| f16_ok([block[0], block[1]])) //
+            }
+            Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K => {
+                self.first_block(bytes, |block| f16_ok([block[0], block[1]]) && f16_ok([block[2], block[3]]))
+            }
+            Self::Q6K => self.first_block(bytes, |block| f16_ok([block[208], block[209]])),
+        }
+    }
+
+    fn first_block(self, bytes: &[u8], ok: impl Fn(&[u8]) -> bool) -> Option<usize> {
+        let bad = bytes.chunks_exact(self.block_bytes()).position(|block| !ok(block))?;
+        Some(bad * self.block_len())
+    }
+}
+
+fn blocks<const BYTES: usize, const LEN: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    widen: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
+) {
+    for (block, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<LEN>().0) {
+        widen(block, out);
+    }
+}
+
+fn half_at(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+fn widen_q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
+    let scale = half_at(block, 0);
+    for (x, q) in out.iter_mut().zip(&block[2..]) {
+        *x = scale * f32::from(*q as i8);
+    }
+}
+
+fn widen_q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
+    let scale = half_at(block, 0);
+    for (j, q) in block[2..].iter().enumerate() {
+        out[j] = f32::from((q & 0xf) as i8 - 8) * scale;
+        out[j + 16] = f32::from((q >> 4) as i8 - 8) * scale;
+    }
+}
+
+fn widen_q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
+    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+    for (j, q) in block[4..].iter().enumerate() {
+        out[j] = f32::from(q & 0xf) * scale + minimum;
+        out[j + 16] = f32::from(q >> 4) * scale + minimum;
+    }
+}
+
+/// The fifth bits of weights `j` and `j + 16`, in place.
+fn fifth_bits(block: &[u8], at: usize, j: usize) -> (u8, u8) {
+    let bits = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+    ((((bits >> j) & 1) << 4) as u8, (((bits >> (j + 16)) & 1) << 4) as u8)
+}
+
+fn widen_q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
+    let scale = half_at(block, 0);
+    for (j, q) in block[6..].iter().enumerate() {
+        let (low, high) = fifth_bits(block, 2, j);
+        out[j] = f32::from((q & 0xf | low) as i8 - 16) * scale;
+        out[j + 16] = f32::from((q >> 4 | high) as i8 - 16) * scale;
+    }
+}
+
+fn widen_q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
+    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+    for (j, q) in block[8..].iter().enumerate() {
+        let (low, high) = fifth_bits(block, 4, j);
+        out[j] = f32::from(q & 0xf | low) * scale + minimum;
+        out[j + 16] = f32::from(q >> 4 | high) * scale + minimum;
+    }
+}
+
+/// The 6-bit scale and minimum of group `j` (of 8) in a K-quant's 12 packed bytes.
+fn scale_and_minimum(packed: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        (packed[j] & 63, packed[j + 4] & 63)
+    } else {
+        ((packed[j + 4] & 0xf) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4))
+    }
+}
+
+fn widen_q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
+    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let (s, m) = scale_and_minimum(&block[4..16], group);
+        let (s, m) = (scale * f32::from(s), minimum * f32::from(m));
+        let nibbles = &block[16 + 32 * (group / 2)..][..32];
+        for (x, q) in out.iter_mut().zip(nibbles) {
+            *x = s * f32::from(if group % 2 == 0 { q & 0xf } else { q >> 4 }) - m;
+        }
+    }
+}
+
+fn widen_q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
+    let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
+    let fifth = &block[16..48];
+    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let (s, m) = scale_and_minimum(&block[4..16], group);
+        let (s, m) = (scale * f32::from(s), minimum * f32::from(m));
+        let nibbles = &block[48 + 32 * (group / 2)..][..32];
+        for (l, x) in out.iter_mut().enumerate() {
+            let nibble = if group % 2 == 0 { nibbles[l] & 0xf } else { nibbles[l] >> 4 };
+            *x = s * f32::from(nibble | (((fifth[l] >> group) & 1) << 4)) - m;
+        }
+    }
+}
+
+fn widen_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
+    let scale = half_at(block, 208);
+    for (half, out) in out.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+        let (low, high) = (&block[64 * half..][..64], &block[128 + 32 * half..][..32]);
+        let scales = &block[192 + 8 * half..][..8];
+        for l in 0..32 {
+            let nibbles = [low[l] & 0xf, low[l + 32] & 0xf, low[l] >> 4, low[l + 32] >> 4];
+            for (quarter, nibble) in nibbles.into_iter().enumerate() {
+                let q = (nibble | (((high[l] >> (2 * quarter)) & 3) << 4)) as i8 - 32;
+                let s = f32::from(scales[l / 16 + 2 * quarter] as i8);
+                out[l + 32 * quarter] = scale * s * f32::from(q);
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The routed Llama over any [`Backend`](crate::backend::Backend), written once.
