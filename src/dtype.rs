@@ -98,7 +98,9 @@ impl DType {
     /// Bytes of `elements` elements; `None` when they are not whole blocks or the count overflows.
     pub fn bytes_of(self, elements: usize) -> Option<usize> {
         let whole = elements.is_multiple_of(self.block_len());
-        whole.then(|| (elements / self.block_len()).checked_mul(self.block_bytes())).flatten()
+        whole
+            .then(|| (elements / self.block_len()).checked_mul(self.block_bytes()))
+            .flatten()
     }
 }
 
@@ -109,7 +111,13 @@ impl DType {
     /// # Panics
     /// When `bytes` is not what [`DType::bytes_of`] says for `out.len()`: shapes are checked where tensors are made.
     pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
-        assert_eq!(Some(bytes.len()), self.bytes_of(out.len()), "{} bytes for {} elements", self.as_str(), out.len());
+        assert_eq!(
+            Some(bytes.len()),
+            self.bytes_of(out.len()),
+            "{} bytes for {} elements",
+            self.as_str(),
+            out.len()
+        );
         match self {
             Self::F32 => {
                 for (x, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
@@ -142,21 +150,31 @@ impl DType {
     pub fn first_non_finite(self, bytes: &[u8]) -> Option<usize> {
         let f16_ok = |b: [u8; 2]| f16::from_le_bytes(b).is_finite();
         match self {
-            Self::F32 => bytes.as_chunks::<4>().0.iter().position(|b| !f32::from_le_bytes(*b).is_finite()),
+            Self::F32 => bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .position(|b| !f32::from_le_bytes(*b).is_finite()),
             Self::F16 => bytes.as_chunks::<2>().0.iter().position(|b| !f16_ok(*b)),
-            Self::BF16 => bytes.as_chunks::<2>().0.iter().position(|b| !bf16::from_le_bytes(*b).is_finite()),
+            Self::BF16 => bytes
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .position(|b| !bf16::from_le_bytes(*b).is_finite()),
             Self::Q8_0 | Self::Q4_0 | Self::Q5_0 => {
                 self.first_block(bytes, |block| f16_ok([block[0], block[1]])) //
             }
-            Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K => {
-                self.first_block(bytes, |block| f16_ok([block[0], block[1]]) && f16_ok([block[2], block[3]]))
-            }
+            Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K => self.first_block(bytes, |block| {
+                f16_ok([block[0], block[1]]) && f16_ok([block[2], block[3]])
+            }),
             Self::Q6K => self.first_block(bytes, |block| f16_ok([block[208], block[209]])),
         }
     }
 
     fn first_block(self, bytes: &[u8], ok: impl Fn(&[u8]) -> bool) -> Option<usize> {
-        let bad = bytes.chunks_exact(self.block_bytes()).position(|block| !ok(block))?;
+        let bad = bytes
+            .chunks_exact(self.block_bytes())
+            .position(|block| !ok(block))?;
         Some(bad * self.block_len())
     }
 }
@@ -166,7 +184,12 @@ fn blocks<const BYTES: usize, const LEN: usize>(
     out: &mut [f32],
     widen: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
 ) {
-    for (block, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<LEN>().0) {
+    for (block, out) in bytes
+        .as_chunks::<BYTES>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<LEN>().0)
+    {
         widen(block, out);
     }
 }
@@ -201,7 +224,10 @@ fn widen_q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
 /// The fifth bits of weights `j` and `j + 16`, in place.
 fn fifth_bits(block: &[u8], at: usize, j: usize) -> (u8, u8) {
     let bits = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
-    ((((bits >> j) & 1) << 4) as u8, (((bits >> (j + 16)) & 1) << 4) as u8)
+    (
+        (((bits >> j) & 1) << 4) as u8,
+        (((bits >> (j + 16)) & 1) << 4) as u8,
+    )
 }
 
 fn widen_q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
@@ -227,7 +253,10 @@ fn scale_and_minimum(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
-        ((packed[j + 4] & 0xf) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4))
+        (
+            (packed[j + 4] & 0xf) | ((packed[j - 4] >> 6) << 4),
+            (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4),
+        )
     }
 }
 
@@ -251,7 +280,11 @@ fn widen_q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
         let (s, m) = (scale * f32::from(s), minimum * f32::from(m));
         let nibbles = &block[48 + 32 * (group / 2)..][..32];
         for (l, x) in out.iter_mut().enumerate() {
-            let nibble = if group % 2 == 0 { nibbles[l] & 0xf } else { nibbles[l] >> 4 };
+            let nibble = if group % 2 == 0 {
+                nibbles[l] & 0xf
+            } else {
+                nibbles[l] >> 4
+            };
             *x = s * f32::from(nibble | (((fifth[l] >> group) & 1) << 4)) - m;
         }
     }
@@ -263,7 +296,12 @@ fn widen_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
         let (low, high) = (&block[64 * half..][..64], &block[128 + 32 * half..][..32]);
         let scales = &block[192 + 8 * half..][..8];
         for l in 0..32 {
-            let nibbles = [low[l] & 0xf, low[l + 32] & 0xf, low[l] >> 4, low[l + 32] >> 4];
+            let nibbles = [
+                low[l] & 0xf,
+                low[l + 32] & 0xf,
+                low[l] >> 4,
+                low[l + 32] >> 4,
+            ];
             for (quarter, nibble) in nibbles.into_iter().enumerate() {
                 let q = (nibble | (((high[l] >> (2 * quarter)) & 3) << 4)) as i8 - 32;
                 let s = f32::from(scales[l / 16 + 2 * quarter] as i8);

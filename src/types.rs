@@ -67,7 +67,13 @@ pub enum Variant {
 
 impl Variant {
     /// Every variant, in the order in which they are listed to users.
-    pub const ALL: [Self; 5] = [Self::Routed, Self::Base, Self::Safety, Self::Helpfulness, Self::Both];
+    pub const ALL: [Self; 5] = [
+        Self::Routed,
+        Self::Base,
+        Self::Safety,
+        Self::Helpfulness,
+        Self::Both,
+    ];
 
     /// The word used in JSON, model ids, metrics and logs.
     pub fn as_str(self) -> &'static str {
@@ -82,7 +88,9 @@ impl Variant {
 
     /// The variant named `word`, if there is one.
     pub fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|variant| variant.as_str() == word)
+        Self::ALL
+            .into_iter()
+            .find(|variant| variant.as_str() == word)
     }
 
     /// The gates that this variant fixes or leaves to the router.
@@ -94,7 +102,10 @@ impl Variant {
             Self::Helpfulness => (GateRule::SHUT, GateRule::OPEN),
             Self::Both => (GateRule::OPEN, GateRule::OPEN),
         };
-        GateOverride { safety, helpfulness }
+        GateOverride {
+            safety,
+            helpfulness,
+        }
     }
 }
 
@@ -110,17 +121,33 @@ pub struct GateRule {
 
 impl GateRule {
     /// The router's own gate.
-    pub const ROUTED: Self = Self { bias: 0.0, floor: 0.0, ceiling: 1.0 };
+    pub const ROUTED: Self = Self {
+        bias: 0.0,
+        floor: 0.0,
+        ceiling: 1.0,
+    };
     /// Exactly 0.
-    pub const SHUT: Self = Self { bias: f32::NEG_INFINITY, floor: 0.0, ceiling: 1.0 };
+    pub const SHUT: Self = Self {
+        bias: f32::NEG_INFINITY,
+        floor: 0.0,
+        ceiling: 1.0,
+    };
     /// Exactly 1.
-    pub const OPEN: Self = Self { bias: f32::INFINITY, floor: 0.0, ceiling: 1.0 };
+    pub const OPEN: Self = Self {
+        bias: f32::INFINITY,
+        floor: 0.0,
+        ceiling: 1.0,
+    };
 
     /// `None` when the bias is NaN, or floor and ceiling are not `0 <= floor <= ceiling <= 1`.
     pub fn new(bias: f32, floor: f32, ceiling: f32) -> Option<Self> {
         // -0.0 becomes 0.0: equal rules must have equal bits, since they key the prefix cache.
         let legal = !bias.is_nan() && 0.0 <= floor && floor <= ceiling && ceiling <= 1.0;
-        legal.then_some(Self { bias: bias + 0.0, floor: floor + 0.0, ceiling: ceiling + 0.0 })
+        legal.then_some(Self {
+            bias: bias + 0.0,
+            floor: floor + 0.0,
+            ceiling: ceiling + 0.0,
+        })
     }
 
     /// Added to the gate's logit.

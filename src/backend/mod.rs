@@ -94,7 +94,11 @@ pub struct KvShape {
 impl KvShape {
     /// Bytes of one block over all layers, K and V together.
     pub fn block_bytes(&self) -> usize {
-        2 * self.layers * self.kv_heads * self.head_size * crate::types::BLOCK_TOKENS * self.format.bytes()
+        2 * self.layers
+            * self.kv_heads
+            * self.head_size
+            * crate::types::BLOCK_TOKENS
+            * self.format.bytes()
     }
 }
 
@@ -131,7 +135,8 @@ pub trait Backend: Sized + Send + 'static {
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<(), BackendError>;
 
     /// The first `rows` rows of `buffer`, after all ops so far.
-    fn read<'a>(&'a self, buffer: &'a Self::Buffer, rows: usize) -> Result<&'a [f32], BackendError>;
+    fn read<'a>(&'a self, buffer: &'a Self::Buffer, rows: usize)
+    -> Result<&'a [f32], BackendError>;
 
     /// A cache for K and V; its contents are arbitrary but finite until written.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
@@ -140,7 +145,8 @@ pub trait Backend: Sized + Send + 'static {
     fn step(&self, limits: StepLimits) -> Result<Self::Step, BackendError>;
 
     /// Checks `layout` against the limits of `step` and makes it the current one.
-    fn load_step(&self, layout: &StepLayout<'_>, step: &mut Self::Step) -> Result<(), BackendError>;
+    fn load_step(&self, layout: &StepLayout<'_>, step: &mut Self::Step)
+    -> Result<(), BackendError>;
 
     /// [`ops::EMBED`].
     fn embed(&mut self, args: ops::Embed<'_, Self>) -> Result<(), BackendError>;
@@ -153,7 +159,10 @@ pub trait Backend: Sized + Send + 'static {
     /// [`ops::ATTENTION`].
     fn attention(&mut self, args: ops::Attention<'_, Self>) -> Result<(), BackendError>;
     /// [`ops::SILU_MUL_EXPERT_MIX`].
-    fn silu_mul_expert_mix(&mut self, args: ops::SiluMulExpertMix<'_, Self>) -> Result<(), BackendError>;
+    fn silu_mul_expert_mix(
+        &mut self,
+        args: ops::SiluMulExpertMix<'_, Self>,
+    ) -> Result<(), BackendError>;
     /// [`ops::GATHER_ROWS`].
     fn gather_rows(&mut self, args: ops::GatherRows<'_, Self>) -> Result<(), BackendError>;
 }

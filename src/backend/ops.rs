@@ -30,8 +30,14 @@ pub struct Op {
     pub tolerance: Tolerance,
 }
 
-const SUMS: Tolerance = Tolerance { f32: 1e-5, bf16: 8e-3 };
-const EXACT: Tolerance = Tolerance { f32: 0.0, bf16: 0.0 };
+const SUMS: Tolerance = Tolerance {
+    f32: 1e-5,
+    bf16: 8e-3,
+};
+const EXACT: Tolerance = Tolerance {
+    f32: 0.0,
+    bf16: 0.0,
+};
 
 /// Rows of the embedding table.
 pub const EMBED: Op = Op {
@@ -82,7 +88,12 @@ pub const ATTENTION: Op = Op {
 pub const SILU_MUL_EXPERT_MIX: Op = Op {
     name: "silu_mul_expert_mix",
     formula: "h = silu(gate) * up; z = E h; alpha = rule_s(z_a), beta = rule_h(z_b); hu = [h ; alpha A_s h ; beta A_h h]",
-    operands: &[("gate_up", "n 2m"), ("e", "w+2 m"), (">hu", "n m+w"), (">gates", "n 2l")],
+    operands: &[
+        ("gate_up", "n 2m"),
+        ("e", "w+2 m"),
+        (">hu", "n m+w"),
+        (">gates", "n 2l"),
+    ],
     layout: "rows of E: A_s, A_h, a, b (biases a0, b0 beside it); gates of layer i in columns 2i (alpha) and 2i + 1 (beta)",
     tolerance: SUMS,
 };
@@ -97,7 +108,15 @@ pub const GATHER_ROWS: Op = Op {
 };
 
 /// All ops, for documentation and tests.
-pub const ALL: [&Op; 7] = [&EMBED, &RMS_NORM, &MATMUL, &ROPE_KV_WRITE, &ATTENTION, &SILU_MUL_EXPERT_MIX, &GATHER_ROWS];
+pub const ALL: [&Op; 7] = [
+    &EMBED,
+    &RMS_NORM,
+    &MATMUL,
+    &ROPE_KV_WRITE,
+    &ATTENTION,
+    &SILU_MUL_EXPERT_MIX,
+    &GATHER_ROWS,
+];
 
 /// Heads of the attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -252,11 +271,21 @@ pub fn bind_rows<S: Shaped>(
     })
 }
 
-fn bind_value(op: &'static Op, operand: &'static str, expected: usize, found: usize) -> Result<(), BackendError> {
+fn bind_value(
+    op: &'static Op,
+    operand: &'static str,
+    expected: usize,
+    found: usize,
+) -> Result<(), BackendError> {
     if expected == found {
         return Ok(());
     }
-    Err(BackendError::Contract { op: op.name, operand, expected: expected.to_string(), found: found.to_string() })
+    Err(BackendError::Contract {
+        op: op.name,
+        operand,
+        expected: expected.to_string(),
+        found: found.to_string(),
+    })
 }
 
 /// Axes of a bound [`MATMUL`].
@@ -300,7 +329,12 @@ impl<B: Backend> RmsNorm<'_, B> {
     }
 }
 
-fn bind_cache(op: &'static Op, shape: KvShape, layer: usize, heads: Heads) -> Result<(), BackendError> {
+fn bind_cache(
+    op: &'static Op,
+    shape: KvShape,
+    layer: usize,
+    heads: Heads,
+) -> Result<(), BackendError> {
     bind_value(op, "heads.kv", shape.kv_heads, heads.kv)?;
     bind_value(op, "heads.size", shape.head_size, heads.size)?;
     if layer >= shape.layers {
@@ -318,7 +352,13 @@ impl<B: Backend> RopeKvWrite<'_, B> {
     /// Checks the call for `n` rows whose last position is below `positions`.
     pub fn bind(&self, n: usize, positions: usize, cache: KvShape) -> Result<(), BackendError> {
         bind_rows(&ROPE_KV_WRITE, "qkv", self.qkv, n, self.heads.qkv_width())?;
-        bind_rows(&ROPE_KV_WRITE, "rope", self.rope, positions, self.heads.size)?;
+        bind_rows(
+            &ROPE_KV_WRITE,
+            "rope",
+            self.rope,
+            positions,
+            self.heads.size,
+        )?;
         bind_cache(&ROPE_KV_WRITE, cache, self.layer, self.heads)
     }
 }
@@ -327,8 +367,19 @@ impl<B: Backend> Attention<'_, B> {
     /// Checks the call for `n` rows.
     pub fn bind(&self, n: usize, cache: KvShape) -> Result<(), BackendError> {
         bind_rows(&ATTENTION, "qkv", self.qkv, n, self.heads.qkv_width())?;
-        bind_rows(&ATTENTION, "y", self.y, n, self.heads.query * self.heads.size)?;
-        bind_value(&ATTENTION, "heads.query % heads.kv", 0, self.heads.query % self.heads.kv.max(1))?;
+        bind_rows(
+            &ATTENTION,
+            "y",
+            self.y,
+            n,
+            self.heads.query * self.heads.size,
+        )?;
+        bind_value(
+            &ATTENTION,
+            "heads.query % heads.kv",
+            0,
+            self.heads.query % self.heads.kv.max(1),
+        )?;
         bind_cache(&ATTENTION, cache, self.layer, self.heads)
     }
 }
@@ -344,7 +395,13 @@ impl<B: Backend> SiluMulExpertMix<'_, B> {
         if let Some((e, shape)) = &self.experts {
             bind_value(op, "e.inputs", m, e.inputs())?;
             bind_value(op, "e.outputs", shape.width() + 2, e.outputs())?;
-            bind_rows(op, "gates", self.gates, n, self.gates.width().max(2 * (self.layer + 1)))?;
+            bind_rows(
+                op,
+                "gates",
+                self.gates,
+                n,
+                self.gates.width().max(2 * (self.layer + 1)),
+            )?;
         }
         Ok(m)
     }

@@ -53,7 +53,11 @@ impl StepLayout<'_> {
         at_most("sequences", limits.sequences, self.sequences.len())?;
         let rows: usize = self.sequences.iter().map(|sequence| sequence.rows).sum();
         if rows != n {
-            return Err(contract("sequences", format!("{n} rows in all"), rows.to_string()));
+            return Err(contract(
+                "sequences",
+                format!("{n} rows in all"),
+                rows.to_string(),
+            ));
         }
         for token in self.tokens {
             below("tokens", limits.vocabulary, token.index())?;
@@ -66,8 +70,16 @@ impl StepLayout<'_> {
             at_most("sequences.positions", limits.positions, positions)?;
             let blocks = positions.div_ceil(BLOCK_TOKENS);
             if sequence.rows == 0 || sequence.block_table.len() < blocks {
-                let found = format!("{} rows, {} blocks", sequence.rows, sequence.block_table.len());
-                return Err(contract("sequences.block_table", format!("at least 1 row, {blocks} blocks"), found));
+                let found = format!(
+                    "{} rows, {} blocks",
+                    sequence.rows,
+                    sequence.block_table.len()
+                );
+                return Err(contract(
+                    "sequences.block_table",
+                    format!("at least 1 row, {blocks} blocks"),
+                    found,
+                ));
             }
             for block in sequence.block_table {
                 below("sequences.block_table", limits.blocks, block.index())?;
@@ -78,13 +90,34 @@ impl StepLayout<'_> {
 }
 
 fn contract(operand: &'static str, expected: String, found: String) -> BackendError {
-    BackendError::Contract { op: "step", operand, expected, found }
+    BackendError::Contract {
+        op: "step",
+        operand,
+        expected,
+        found,
+    }
 }
 
 fn at_most(operand: &'static str, limit: usize, found: usize) -> Result<(), BackendError> {
-    if found <= limit { Ok(()) } else { Err(contract(operand, format!("at most {limit}"), found.to_string())) }
+    if found <= limit {
+        Ok(())
+    } else {
+        Err(contract(
+            operand,
+            format!("at most {limit}"),
+            found.to_string(),
+        ))
+    }
 }
 
 fn below(operand: &'static str, limit: usize, found: usize) -> Result<(), BackendError> {
-    if found < limit { Ok(()) } else { Err(contract(operand, format!("below {limit}"), found.to_string())) }
+    if found < limit {
+        Ok(())
+    } else {
+        Err(contract(
+            operand,
+            format!("below {limit}"),
+            found.to_string(),
+        ))
+    }
 }

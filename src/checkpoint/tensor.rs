@@ -28,9 +28,19 @@ impl HostTensor {
     /// `None` when `bytes` does not have the length that `shape` and `dtype` need, or its rows are not whole blocks.
     /// The caller has checked that the numbers are finite.
     pub(crate) fn new(shape: Vec<usize>, dtype: DType, bytes: TensorBytes) -> Option<Self> {
-        let tensor = Self { shape, dtype, bytes };
-        let elements = tensor.shape.iter().try_fold(1usize, |product, axis| product.checked_mul(*axis))?;
-        let whole_rows = tensor.shape.last().is_none_or(|cols| cols.is_multiple_of(dtype.block_len()));
+        let tensor = Self {
+            shape,
+            dtype,
+            bytes,
+        };
+        let elements = tensor
+            .shape
+            .iter()
+            .try_fold(1usize, |product, axis| product.checked_mul(*axis))?;
+        let whole_rows = tensor
+            .shape
+            .last()
+            .is_none_or(|cols| cols.is_multiple_of(dtype.block_len()));
         let expected = dtype.bytes_of(elements)?;
         (whole_rows && tensor.bytes().len() == expected).then_some(tensor)
     }

@@ -1,1 +1,11 @@
+//! One test binary: each file in `tests/` would link the crate again.
 
+mod architecture;
+mod checkpoint;
+mod cli;
+mod docs;
+mod golden;
+mod http;
+mod ops;
+mod simulation;
+mod text;
