@@ -1,0 +1,194 @@
+//! One layer of the forward pass, and the buffers between ops.
+
+use super::ModelOptions;
+use super::weights::LayerWeights;
+use crate::backend::ops::{self, Heads};
+use crate::backend::{Backend, BackendError};
+use crate::checkpoint::LlamaConfig;
+
+/// The buffers between ops, each as large as the largest step.
+pub(super) struct Activations<B: Backend> {
+    /// (rows, d): the residual stream.
+    pub x: B::Buffer,
+    /// (rows, d).
+    normed: B::Buffer,
+    /// (rows, q + k + v).
+    qkv: B::Buffer,
+    /// (rows, q).
+    attention: B::Buffer,
+    /// (rows, 2m).
+    gate_up: B::Buffer,
+    /// (rows, m + w): [h ; u].
+    hu: B::Buffer,
+    /// (rows, 2L).
+    pub gates: B::Buffer,
+    /// (logit rows, d).
+    pub head_x: B::Buffer,
+    /// (logit rows, d).
+    pub head_normed: B::Buffer,
+    /// (logit rows, vocabulary).
+    pub logits: B::Buffer,
+}
+
+impl<B: Backend> Activations<B> {
+    pub(super) fn new(
+        backend: &B,
+        config: &LlamaConfig,
+        options: &ModelOptions,
+        expert_width: usize,
+    ) -> Result<Self, BackendError> {
+        let (rows, logit_rows) = (options.rows, options.logit_rows);
+        let (d, m) = (config.hidden_size, config.intermediate_size);
+        let heads = heads(config);
+        Ok(Self {
+            x: backend.buffer(rows, d)?,
+            normed: backend.buffer(rows, d)?,
+            qkv: backend.buffer(rows, heads.qkv_width())?,
+            attention: backend.buffer(rows, heads.query * heads.size)?,
+            gate_up: backend.buffer(rows, 2 * m)?,
+            hu: backend.buffer(rows, m + expert_width)?,
+            gates: backend.buffer(rows, 2 * config.num_layers)?,
+            head_x: backend.buffer(logit_rows, d)?,
+            head_normed: backend.buffer(logit_rows, d)?,
+            logits: backend.buffer(logit_rows, config.vocab_size)?,
+        })
+    }
+}
+
+/// Where in the pass a layer is.
+pub(super) struct Place<'a, B: Backend> {
+    /// Which layer.
+    pub index: usize,
+    /// n.
+    pub rows: usize,
+    /// Shape and constants.
+    pub config: &'a LlamaConfig,
+    /// (positions, head_dim).
+    pub rope: &'a B::Buffer,
+}
+
+fn heads(config: &LlamaConfig) -> Heads {
+    Heads {
+        query: config.num_heads,
+        kv: config.num_kv_heads,
+        size: config.head_dim,
+    }
+}
+
+/// x += attention(norm(x)); x += routed_mlp(norm(x)).
+pub(super) fn forward<B: Backend>(
+    backend: &mut B,
+    layer: &LayerWeights<B>,
+    place: &Place<'_, B>,
+    step: &B::Step,
+    cache: &mut B::KvCache,
+    act: &mut Activations<B>,
+) -> Result<(), BackendError> {
+    attention(backend, layer, place, step, cache, act)?;
+    routed_mlp(backend, layer, place, step, act)
+}
+
+fn attention<B: Backend>(
+    backend: &mut B,
+    weights: &LayerWeights<B>,
+    place: &Place<'_, B>,
+    step: &B::Step,
+    cache: &mut B::KvCache,
+    act: &mut Activations<B>,
+) -> Result<(), BackendError> {
+    let (n, layer, heads) = (place.rows, place.index, heads(place.config));
+    let Activations {
+        x,
+        normed,
+        qkv,
+        attention,
+        ..
+    } = act;
+    let eps = place.config.rms_norm_eps;
+    backend.rms_norm(ops::RmsNorm {
+        n,
+        x,
+        weight: &weights.input_norm,
+        eps,
+        y: normed,
+    })?;
+    backend.matmul(ops::MatMul {
+        n,
+        x: normed,
+        w: &weights.qkv,
+        y: qkv,
+        add: false,
+    })?;
+    backend.rope_kv_write(ops::RopeKvWrite {
+        step,
+        layer,
+        heads,
+        rope: place.rope,
+        qkv,
+        cache,
+    })?;
+    backend.attention(ops::Attention {
+        step,
+        layer,
+        heads,
+        qkv,
+        cache,
+        y: attention,
+    })?;
+    backend.matmul(ops::MatMul {
+        n,
+        x: attention,
+        w: &weights.output,
+        y: x,
+        add: true,
+    })
+}
+
+/// x += W_down h + s_s alpha(h) S(h) + s_h beta(h) H(h), h = silu(W_gate y) * W_up y, y = norm(x) (MIDPO.md 1).
+fn routed_mlp<B: Backend>(
+    backend: &mut B,
+    weights: &LayerWeights<B>,
+    place: &Place<'_, B>,
+    step: &B::Step,
+    act: &mut Activations<B>,
+) -> Result<(), BackendError> {
+    let (n, layer, eps) = (place.rows, place.index, place.config.rms_norm_eps);
+    let Activations {
+        x,
+        normed,
+        gate_up,
+        hu,
+        gates,
+        ..
+    } = act;
+    backend.rms_norm(ops::RmsNorm {
+        n,
+        x,
+        weight: &weights.mlp_norm,
+        eps,
+        y: normed,
+    })?;
+    backend.matmul(ops::MatMul {
+        n,
+        x: normed,
+        w: &weights.gate_up,
+        y: gate_up,
+        add: false,
+    })?;
+    let experts = weights.experts.as_ref().map(|(e, shape)| (e, *shape));
+    backend.silu_mul_expert_mix(ops::SiluMulExpertMix {
+        step,
+        layer,
+        gate_up,
+        experts,
+        hu,
+        gates,
+    })?;
+    backend.matmul(ops::MatMul {
+        n,
+        x: hu,
+        w: &weights.down,
+        y: x,
+        add: true,
+    })
+}
