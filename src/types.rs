@@ -38,8 +38,8 @@ impl fmt::Display for SeqId {
 pub struct BlockId(u32);
 
 impl BlockId {
-    /// Only the block pool (and tests that stand in for it) mints ids.
-    pub(crate) fn new(id: u32) -> Self {
+    /// For the block pool, and for tests of backends that stand in for it.
+    pub fn new(id: u32) -> Self {
         Self(id)
     }
 
