@@ -9,7 +9,7 @@
 //! # Layers
 //! | layer | module | may use |
 //! |--:|---|---|
-//! | 0 | [`types`], [`dtype`], [`openai`], [`metrics`] | dtype: types |
+//! | 0 | [`types`], [`dtype`], [`openai`], [`metrics`] | dtype, metrics: types |
 //! | 1 | [`config`], [`text`], [`backend`], [`checkpoint`] | types, dtype |
 //! | 2 | [`demo`], [`model`] | checkpoint, backend |
 //! | 3 | [`engine`] | config, metrics, backend, model |

@@ -1,1 +1,899 @@
-//! metrics
+//! Every metric: its name, help, unit, labels and buckets. The struct is passed; it owns its registry.
+//!
+//! Every series is made at start and reached by a closed enum, so counting is one atomic addition, no client can add a
+//! series, and a rate over a series that nothing has touched yet is 0, not absent.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use prometheus::core::Collector;
+use prometheus::proto::{LabelPair, MetricFamily};
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::types::{BLOCK_TOKENS, FinishReason, Variant};
+
+/// Bounds of latency histograms, in seconds: tiny models answer in under a millisecond, long answers take minutes.
+const LATENCY_SECONDS: [f64; 20] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5,
+    5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
+/// Bounds of histograms of a step's size.
+const STEP_SIZE: [f64; 13] = [
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0,
+];
+
+/// Bounds of gate histograms; fine at both ends, where a trained router lives.
+const GATE_RATIO: [f64; 13] = [
+    0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99,
+];
+
+/// The names that routers, load testers and dashboards of the field read, and the metric of ours that each repeats.
+const ALIASES: [(&str, &str); 13] = [
+    ("vllm:num_requests_running", "midpo_sequences_running"),
+    ("vllm:num_requests_waiting", "midpo_sequences_waiting"),
+    ("vllm:kv_cache_usage_perc", "midpo_kv_cache_usage_ratio"),
+    (
+        "vllm:prefix_cache_queries_total",
+        "midpo_prefix_cache_query_tokens_total",
+    ),
+    (
+        "vllm:prefix_cache_hits_total",
+        "midpo_prefix_cache_hit_tokens_total",
+    ),
+    ("vllm:prompt_tokens_total", "midpo_prompt_tokens_total"),
+    (
+        "vllm:generation_tokens_total",
+        "midpo_generated_tokens_total",
+    ),
+    ("vllm:num_preemptions_total", "midpo_preemptions_total"),
+    (
+        "vllm:request_success_total",
+        "midpo_requests_finished_total",
+    ),
+    (
+        "vllm:time_to_first_token_seconds",
+        "midpo_time_to_first_token_seconds",
+    ),
+    (
+        "vllm:inter_token_latency_seconds",
+        "midpo_inter_token_latency_seconds",
+    ),
+    (
+        "vllm:request_queue_time_seconds",
+        "midpo_queue_time_seconds",
+    ),
+    (
+        "vllm:e2e_request_latency_seconds",
+        "midpo_request_duration_seconds",
+    ),
+];
+
+/// A closed set of values of one label.
+pub trait Label: Copy + PartialEq + 'static {
+    /// Name of the label.
+    const NAME: &'static str;
+    /// Every value.
+    const ALL: &'static [Self];
+    /// The value as it is written.
+    fn as_str(self) -> &'static str;
+}
+
+impl Label for Variant {
+    const NAME: &'static str = "variant";
+    const ALL: &'static [Self] = &Self::ALL;
+    fn as_str(self) -> &'static str {
+        Variant::as_str(self)
+    }
+}
+
+impl Label for FinishReason {
+    const NAME: &'static str = "finish_reason";
+    const ALL: &'static [Self] = &[Self::Stop, Self::Length, Self::Cancelled, Self::Failed];
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+macro_rules! labels {
+    ($(#[$doc:meta])* $name:ident, $label:literal, { $($(#[$value_doc:meta])* $value:ident = $word:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$value_doc])* $value),+ }
+        impl Label for $name {
+            const NAME: &'static str = $label;
+            const ALL: &'static [Self] = &[$(Self::$value),+];
+            fn as_str(self) -> &'static str {
+                match self { $(Self::$value => $word),+ }
+            }
+        }
+    };
+}
+
+labels! {
+    /// A gate of the router.
+    Gate, "gate", {
+        /// alpha.
+        Safety = "safety",
+        /// beta.
+        Helpfulness = "helpfulness",
+    }
+}
+
+labels! {
+    /// What a block of the K/V cache is.
+    BlockState, "state", {
+        /// Holds nothing.
+        Free = "free",
+        /// Holds a prefix that nobody uses; evicted when a block is needed.
+        Cached = "cached",
+        /// Used by at least one sequence.
+        Held = "held",
+    }
+}
+
+labels! {
+    /// Where an HTTP request went.
+    Route, "route", {
+        /// `/v1/chat/completions`.
+        ChatCompletions = "/v1/chat/completions",
+        /// `/v1/completions`.
+        Completions = "/v1/completions",
+        /// `/v1/models` and `/v1/models/{id}`.
+        Models = "/v1/models",
+        /// `/tokenize`.
+        Tokenize = "/tokenize",
+        /// `/detokenize`.
+        Detokenize = "/detokenize",
+        /// `/health`.
+        Health = "/health",
+        /// `/ready`.
+        Ready = "/ready",
+        /// `/metrics`.
+        Metrics = "/metrics",
+        /// `/version`.
+        Version = "/version",
+        /// `/openapi.json`.
+        OpenApi = "/openapi.json",
+        /// Everything else, known or not.
+        Other = "other",
+    }
+}
+
+labels! {
+    /// Status of an HTTP response.
+    Status, "status", {
+        /// 200.
+        Ok = "200",
+        /// 400.
+        BadRequest = "400",
+        /// 401.
+        Unauthorized = "401",
+        /// 403.
+        Forbidden = "403",
+        /// 404.
+        NotFound = "404",
+        /// 405.
+        MethodNotAllowed = "405",
+        /// 408.
+        RequestTimeout = "408",
+        /// 413.
+        ContentTooLarge = "413",
+        /// 415.
+        UnsupportedMediaType = "415",
+        /// 422.
+        UnprocessableContent = "422",
+        /// 429.
+        TooManyRequests = "429",
+        /// The client left before there was a response.
+        ClientClosed = "499",
+        /// 500.
+        Internal = "500",
+        /// 503.
+        Unavailable = "503",
+        /// 504.
+        GatewayTimeout = "504",
+        /// Any other.
+        Other = "other",
+    }
+}
+
+impl Status {
+    /// The label of an HTTP status code.
+    pub fn of(code: u16) -> Self {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|status| status.as_str().parse() == Ok(code))
+            .unwrap_or(Self::Other)
+    }
+}
+
+labels! {
+    /// Why the engine refused a submission.
+    Refusal, "reason", {
+        /// It is wrong in itself: empty, outside the vocabulary, too long, no experts.
+        Invalid = "invalid",
+        /// Too many wait.
+        QueueFull = "queue_full",
+        /// The server is shutting down.
+        Draining = "draining",
+        /// The engine thread is gone.
+        EngineGone = "engine_gone",
+    }
+}
+
+/// Only goes up.
+#[derive(Clone)]
+pub struct Counter(prometheus::IntCounter);
+
+impl Counter {
+    /// Adds 1.
+    pub fn increment(&self) {
+        self.0.inc();
+    }
+
+    /// Adds `amount`.
+    pub fn add(&self, amount: u64) {
+        self.0.inc_by(amount);
+    }
+
+    /// The sum so far.
+    pub fn get(&self) -> u64 {
+        self.0.get()
+    }
+}
+
+/// A level.
+#[derive(Clone)]
+pub struct Gauge(prometheus::IntGauge);
+
+impl Gauge {
+    /// Sets the level.
+    pub fn set(&self, level: usize) {
+        self.0.set(i64::try_from(level).unwrap_or(i64::MAX));
+    }
+
+    /// Adds 1 until the guard is dropped.
+    pub fn hold(&self) -> GaugeGuard {
+        self.0.inc();
+        GaugeGuard(self.clone())
+    }
+
+    /// The level.
+    pub fn get(&self) -> i64 {
+        self.0.get()
+    }
+}
+
+/// Keeps a [`Gauge`] one higher while it lives.
+pub struct GaugeGuard(Gauge);
+
+impl Drop for GaugeGuard {
+    fn drop(&mut self) {
+        self.0.0.dec();
+    }
+}
+
+/// A level that is not a whole number.
+#[derive(Clone)]
+pub struct RealGauge(prometheus::Gauge);
+
+impl RealGauge {
+    /// Sets the level.
+    pub fn set(&self, level: f64) {
+        self.0.set(level);
+    }
+
+    /// The level.
+    pub fn get(&self) -> f64 {
+        self.0.get()
+    }
+}
+
+/// Counts observations by size.
+#[derive(Clone)]
+pub struct Histogram(prometheus::Histogram);
+
+impl Histogram {
+    /// Counts one observation.
+    pub fn observe(&self, value: f64) {
+        self.0.observe(value);
+    }
+
+    /// Observations so far.
+    pub fn count(&self) -> u64 {
+        self.0.get_sample_count()
+    }
+
+    /// Their sum.
+    pub fn sum(&self) -> f64 {
+        self.0.get_sample_sum()
+    }
+}
+
+/// One `T` for each value of a label.
+pub struct By<L, T> {
+    children: Vec<T>,
+    label: PhantomData<L>,
+}
+
+impl<L: Label, T> By<L, T> {
+    fn new(child: impl FnMut(L) -> T) -> Self {
+        Self {
+            children: L::ALL.iter().copied().map(child).collect(),
+            label: PhantomData,
+        }
+    }
+
+    /// The child of `value`.
+    pub fn of(&self, value: L) -> &T {
+        let index = L::ALL.iter().position(|known| *known == value);
+        match index.and_then(|index| self.children.get(index)) {
+            Some(child) => child,
+            None => unreachable!("`{}` is not in the list of its own set", value.as_str()),
+        }
+    }
+
+    /// All children, in the order of the label's values.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.children.iter()
+    }
+}
+
+/// What a metric is, for documentation and for checks of dashboards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricKind {
+    /// Only goes up.
+    Counter,
+    /// A level.
+    Gauge,
+    /// `_bucket`, `_sum` and `_count`.
+    Histogram,
+}
+
+impl MetricKind {
+    /// The word in the exposition format.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+        }
+    }
+}
+
+/// One line of the list of metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetricInfo {
+    /// Name, without a histogram's suffixes.
+    pub name: String,
+    /// One sentence.
+    pub help: String,
+    /// Type.
+    pub kind: MetricKind,
+    /// Names of the labels.
+    pub labels: Vec<&'static str>,
+}
+
+/// All metrics of the process. Shared by an `Arc`; every field may be written from any thread without a lock.
+pub struct Metrics {
+    registry: Registry,
+    infos: Vec<MetricInfo>,
+    model_name: String,
+    started: Instant,
+    /// Microseconds from `started` to the end of the last step, plus 1; 0: there was none.
+    last_step: AtomicU64,
+    last_step_age: RealGauge,
+    cache_config: IntGaugeVec,
+
+    /// HTTP responses by route and status.
+    pub http_requests: By<Route, By<Status, Counter>>,
+    /// HTTP requests being answered.
+    pub http_requests_in_flight: Gauge,
+    /// From the request's head to the last byte of its response.
+    pub http_request_duration: By<Route, Histogram>,
+
+    /// Requests that the engine took, by variant.
+    pub requests: By<Variant, Counter>,
+    /// Requests that ended, by variant and by the gravest reason of their choices. At rest they add up to `requests`.
+    pub requests_finished: By<Variant, By<FinishReason, Counter>>,
+    /// Choices that ended, by variant and reason.
+    pub sequences_finished: By<Variant, By<FinishReason, Counter>>,
+    /// Submissions that the engine refused.
+    pub refusals: By<Refusal, Counter>,
+    /// Requests that the client left before their end.
+    pub cancellations: Counter,
+    /// Sequences in the batch.
+    pub sequences_running: Gauge,
+    /// Sequences that wait for a place in the batch, preempted ones too.
+    pub sequences_waiting: Gauge,
+    /// Sequences put back to be computed again, for want of blocks.
+    pub preemptions: Counter,
+
+    /// Prompt tokens of requests whose prompt is computed.
+    pub prompt_tokens: By<Variant, Counter>,
+    /// Tokens sampled.
+    pub generated_tokens: By<Variant, Counter>,
+    /// From accept to first token: one observation for each request with a token.
+    pub time_to_first_token: Histogram,
+    /// Between two tokens of a choice.
+    pub inter_token_latency: Histogram,
+    /// From accept to the first step of the request.
+    pub queue_time: Histogram,
+    /// From accept to the end of the last choice.
+    pub request_duration: Histogram,
+    /// One gate of one generated token, mean over layers.
+    pub gates: By<Gate, By<Variant, Histogram>>,
+
+    /// Held share of the K/V blocks.
+    pub kv_cache_usage: RealGauge,
+    /// K/V blocks by state.
+    pub kv_blocks: By<BlockState, Gauge>,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_cache_query_tokens: Counter,
+    /// Prompt tokens found there.
+    pub prefix_cache_hit_tokens: Counter,
+
+    /// From plan to commit.
+    pub step_duration: Histogram,
+    /// Tokens computed in a step.
+    pub step_tokens: Histogram,
+    /// Sequences in a step.
+    pub step_sequences: Histogram,
+    /// Steps that the backend could not compute.
+    pub step_failures: Counter,
+}
+
+impl Metrics {
+    /// All metrics at 0. `model_name` is a label of the aliases (routers group replicas by it).
+    ///
+    /// Panics if two metrics have one name or a name is malformed: a mistake of this file, which every test would meet.
+    pub fn new(model_name: &str) -> Self {
+        let mut build = Builder::default();
+        build
+            .gauge_vec(
+                "midpo_build_info",
+                "Version of the server; always 1.",
+                &["version"],
+            )
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1);
+        let cache_config = build.gauge_vec(
+            "vllm:cache_config_info",
+            "Shape of the K/V cache; always 1.",
+            &["block_size", "num_gpu_blocks"],
+        );
+        let last_step_age = build.real_gauge(
+            "midpo_last_step_age_seconds",
+            "Since the end of the last step; grows while there is nothing to do.",
+        );
+        Self {
+            http_requests: build.counters_by_two(
+                "midpo_http_requests_total",
+                "HTTP responses, by route and status.",
+            ),
+            http_requests_in_flight: build.gauge(
+                "midpo_http_requests_in_flight",
+                "HTTP requests being answered.",
+            ),
+            http_request_duration: build.histograms_by(
+                "midpo_http_request_duration_seconds",
+                "From a request's head to the last byte of its response.",
+                &LATENCY_SECONDS,
+            ),
+            requests: build.counters_by(
+                "midpo_requests_total",
+                "Requests that the engine took, by variant.",
+            ),
+            requests_finished: build.counters_by_two(
+                "midpo_requests_finished_total",
+                "Requests that ended, by variant and the gravest reason of their choices.",
+            ),
+            sequences_finished: build.counters_by_two(
+                "midpo_sequences_finished_total",
+                "Choices that ended, by variant and reason.",
+            ),
+            refusals: build.counters_by(
+                "midpo_refused_requests_total",
+                "Submissions that the engine refused.",
+            ),
+            cancellations: build.counter(
+                "midpo_cancellations_total",
+                "Requests that the client left before their end.",
+            ),
+            sequences_running: build.gauge("midpo_sequences_running", "Sequences in the batch."),
+            sequences_waiting: build.gauge(
+                "midpo_sequences_waiting",
+                "Sequences that wait for a place in the batch, preempted ones too.",
+            ),
+            preemptions: build.counter(
+                "midpo_preemptions_total",
+                "Sequences put back to be computed again, for want of K/V blocks.",
+            ),
+            prompt_tokens: build.counters_by(
+                "midpo_prompt_tokens_total",
+                "Prompt tokens of requests whose prompt is computed, by variant.",
+            ),
+            generated_tokens: build.counters_by(
+                "midpo_generated_tokens_total",
+                "Tokens sampled, by variant.",
+            ),
+            time_to_first_token: build.histogram(
+                "midpo_time_to_first_token_seconds",
+                "From accept to a request's first token.",
+                &LATENCY_SECONDS,
+            ),
+            inter_token_latency: build.histogram(
+                "midpo_inter_token_latency_seconds",
+                "Between two tokens of a choice.",
+                &LATENCY_SECONDS,
+            ),
+            queue_time: build.histogram(
+                "midpo_queue_time_seconds",
+                "From accept to a request's first step.",
+                &LATENCY_SECONDS,
+            ),
+            request_duration: build.histogram(
+                "midpo_request_duration_seconds",
+                "From accept to the end of a request's last choice.",
+                &LATENCY_SECONDS,
+            ),
+            gates: build.histograms_by_two(
+                "midpo_gate_ratio",
+                "A gate of a generated token, mean over layers, by gate and variant.",
+                &GATE_RATIO,
+            ),
+            kv_cache_usage: build.real_gauge(
+                "midpo_kv_cache_usage_ratio",
+                "Share of the K/V blocks that sequences hold, 0 to 1.",
+            ),
+            kv_blocks: build.gauges_by("midpo_kv_blocks", "K/V blocks, by state."),
+            prefix_cache_query_tokens: build.counter(
+                "midpo_prefix_cache_query_tokens_total",
+                "Prompt tokens looked up in the prefix cache.",
+            ),
+            prefix_cache_hit_tokens: build.counter(
+                "midpo_prefix_cache_hit_tokens_total",
+                "Prompt tokens found in the prefix cache.",
+            ),
+            step_duration: build.histogram(
+                "midpo_step_duration_seconds",
+                "From plan to commit of a step.",
+                &LATENCY_SECONDS,
+            ),
+            step_tokens: build.histogram(
+                "midpo_step_tokens",
+                "Tokens computed in a step, prefill and decode together.",
+                &STEP_SIZE,
+            ),
+            step_sequences: build.histogram(
+                "midpo_step_sequences",
+                "Sequences in a step.",
+                &STEP_SIZE,
+            ),
+            step_failures: build.counter(
+                "midpo_step_failures_total",
+                "Steps that the backend could not compute.",
+            ),
+            registry: build.registry,
+            infos: build.infos,
+            model_name: model_name.to_owned(),
+            started: Instant::now(),
+            last_step: AtomicU64::new(0),
+            last_step_age,
+            cache_config,
+        }
+    }
+
+    /// Publishes the size of the K/V cache; once, when the model is loaded.
+    pub fn set_kv_blocks(&self, blocks: usize) {
+        self.cache_config
+            .with_label_values(&[&BLOCK_TOKENS.to_string(), &blocks.to_string()])
+            .set(1);
+        self.kv_blocks.of(BlockState::Free).set(blocks);
+    }
+
+    /// A step ended at `now`.
+    pub fn set_last_step(&self, now: Instant) {
+        let micros = now.saturating_duration_since(self.started).as_micros();
+        let micros = u64::try_from(micros).unwrap_or(u64::MAX - 1);
+        self.last_step.store(micros + 1, Ordering::Relaxed);
+    }
+
+    /// The text exposition format (`text/plain; version=0.0.4`).
+    pub fn render(&self) -> String {
+        self.last_step_age.set(self.last_step_age(Instant::now()));
+        let mut families = self.registry.gather();
+        let aliases: Vec<MetricFamily> = ALIASES
+            .iter()
+            .filter_map(|(alias, original)| {
+                let family = families.iter().find(|family| family.name() == *original)?;
+                Some(self.alias(alias, family.clone()))
+            })
+            .collect();
+        families.extend(aliases);
+        let mut text = String::with_capacity(64 * 1024);
+        // Fails only on a family without samples, which `gather` leaves out.
+        if let Err(error) = TextEncoder::new().encode_utf8(&families, &mut text) {
+            tracing::error!(%error, "metrics cannot be rendered");
+        }
+        text
+    }
+
+    /// Every metric, aliases last.
+    pub fn infos(&self) -> Vec<MetricInfo> {
+        let alias = |(name, original): &(&str, &str)| {
+            let info = self.infos.iter().find(|info| info.name == *original)?;
+            let mut info = info.clone();
+            info.name = (*name).to_owned();
+            info.labels.push("model_name");
+            Some(info)
+        };
+        let mut infos = self.infos.clone();
+        infos.extend(ALIASES.iter().filter_map(alias));
+        infos
+    }
+
+    fn last_step_age(&self, now: Instant) -> f64 {
+        match self.last_step.load(Ordering::Relaxed) {
+            0 => 0.0,
+            micros => {
+                let age = now.saturating_duration_since(self.started).as_secs_f64();
+                (age - (micros - 1) as f64 * 1e-6).max(0.0)
+            }
+        }
+    }
+
+    fn alias(&self, name: &str, mut family: MetricFamily) -> MetricFamily {
+        family.set_name(name.to_owned());
+        for metric in family.mut_metric() {
+            let mut model = LabelPair::default();
+            model.set_name("model_name".to_owned());
+            model.set_value(self.model_name.clone());
+            let mut labels = metric.take_label();
+            labels.push(model);
+            metric.set_label(labels);
+        }
+        family
+    }
+}
+
+/// Makes metrics and lists them.
+#[derive(Default)]
+struct Builder {
+    registry: Registry,
+    infos: Vec<MetricInfo>,
+}
+
+impl Builder {
+    fn register<T: Collector + Clone + 'static>(
+        &mut self,
+        made: prometheus::Result<T>,
+        kind: MetricKind,
+        labels: &[&'static str],
+    ) -> T {
+        let registered = made.and_then(|metric| {
+            self.registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        });
+        match registered {
+            Ok(metric) => {
+                self.infos
+                    .extend(metric.desc().iter().map(|desc| MetricInfo {
+                        name: desc.fq_name.clone(),
+                        help: desc.help.clone(),
+                        kind,
+                        labels: labels.to_vec(),
+                    }));
+                metric
+            }
+            Err(error) => panic!("a metric of this file is malformed: {error}"),
+        }
+    }
+
+    fn counter_vec(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &[&'static str],
+    ) -> impl Fn(&[&str]) -> Counter + use<> {
+        let made = IntCounterVec::new(Opts::new(name, help), labels);
+        let vec = self.register(made, MetricKind::Counter, labels);
+        move |values| Counter(vec.with_label_values(values))
+    }
+
+    fn gauge_vec(&mut self, name: &str, help: &str, labels: &[&'static str]) -> IntGaugeVec {
+        let made = IntGaugeVec::new(Opts::new(name, help), labels);
+        self.register(made, MetricKind::Gauge, labels)
+    }
+
+    fn histogram_vec(
+        &mut self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+        labels: &[&'static str],
+    ) -> impl Fn(&[&str]) -> Histogram + use<> {
+        let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        let made = HistogramVec::new(opts, labels);
+        let vec = self.register(made, MetricKind::Histogram, labels);
+        move |values| Histogram(vec.with_label_values(values))
+    }
+
+    fn counter(&mut self, name: &str, help: &str) -> Counter {
+        self.counter_vec(name, help, &[])(&[])
+    }
+
+    fn counters_by<A: Label>(&mut self, name: &str, help: &str) -> By<A, Counter> {
+        let child = self.counter_vec(name, help, &[A::NAME]);
+        By::new(|a: A| child(&[a.as_str()]))
+    }
+
+    fn counters_by_two<A: Label, B: Label>(
+        &mut self,
+        name: &str,
+        help: &str,
+    ) -> By<A, By<B, Counter>> {
+        let child = self.counter_vec(name, help, &[A::NAME, B::NAME]);
+        By::new(|a: A| By::new(|b: B| child(&[a.as_str(), b.as_str()])))
+    }
+
+    fn gauge(&mut self, name: &str, help: &str) -> Gauge {
+        let none: &[&str] = &[];
+        Gauge(self.gauge_vec(name, help, &[]).with_label_values(none))
+    }
+
+    fn gauges_by<A: Label>(&mut self, name: &str, help: &str) -> By<A, Gauge> {
+        let vec = self.gauge_vec(name, help, &[A::NAME]);
+        By::new(|a: A| Gauge(vec.with_label_values(&[a.as_str()])))
+    }
+
+    fn real_gauge(&mut self, name: &str, help: &str) -> RealGauge {
+        let made = prometheus::Gauge::new(name, help);
+        RealGauge(self.register(made, MetricKind::Gauge, &[]))
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        self.histogram_vec(name, help, buckets, &[])(&[])
+    }
+
+    fn histograms_by<A: Label>(
+        &mut self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> By<A, Histogram> {
+        let child = self.histogram_vec(name, help, buckets, &[A::NAME]);
+        By::new(|a: A| child(&[a.as_str()]))
+    }
+
+    fn histograms_by_two<A: Label, B: Label>(
+        &mut self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> By<A, By<B, Histogram>> {
+        let child = self.histogram_vec(name, help, buckets, &[A::NAME, B::NAME]);
+        By::new(|a: A| By::new(|b: B| child(&[a.as_str(), b.as_str()])))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Units that a name may end in, before `_total`.
+    const UNITS: [&str; 3] = ["_seconds", "_bytes", "_ratio"];
+
+    #[test]
+    fn names_follow_the_conventions() {
+        let metrics = Metrics::new("m");
+        for info in metrics.infos() {
+            let ours = info.name.starts_with("midpo_");
+            assert!(ours || info.name.starts_with("vllm:"), "{}", info.name);
+            assert!(!info.help.is_empty() && info.help.ends_with('.'));
+            if ours {
+                let total = info.name.ends_with("_total");
+                assert_eq!(total, info.kind == MetricKind::Counter, "{}", info.name);
+                let base = info.name.trim_end_matches("_total");
+                let timed = ["duration", "time", "latency", "age"]
+                    .iter()
+                    .any(|word| base.split('_').any(|part| part == *word));
+                assert!(!timed || UNITS.iter().any(|unit| base.ends_with(unit)));
+            }
+        }
+    }
+
+    #[test]
+    fn aliases_equal_their_originals() {
+        let metrics = Metrics::new("model \"a\"");
+        metrics.sequences_running.set(3);
+        metrics.kv_cache_usage.set(0.25);
+        metrics.generated_tokens.of(Variant::Safety).add(7);
+        metrics.time_to_first_token.observe(0.002);
+        let text = metrics.render();
+        for (alias, original) in ALIASES {
+            check_alias(&text, alias, original);
+        }
+        assert!(text.contains(r#"vllm:num_requests_running{model_name="model \"a\""} 3"#));
+    }
+
+    /// The samples of both, without the label that only aliases have.
+    fn check_alias(text: &str, alias: &str, original: &str) {
+        let samples = |name: &str| -> Vec<String> {
+            text.lines()
+                .filter_map(|line| line.strip_prefix(name))
+                .filter(|rest| rest.starts_with(['{', ' ', '_']))
+                .map(|rest| {
+                    rest.replace(r#",model_name="model \"a\"""#, "")
+                        .replace(r#"model_name="model \"a\"","#, "")
+                        .replace(r#"{model_name="model \"a\""}"#, "")
+                })
+                .collect()
+        };
+        let expected = samples(original);
+        assert!(!expected.is_empty(), "{original}");
+        assert_eq!(samples(alias), expected, "{alias}");
+    }
+
+    #[test]
+    fn every_listed_metric_is_rendered() {
+        let metrics = Metrics::new("m");
+        metrics.set_kv_blocks(8);
+        let text = metrics.render();
+        for info in metrics.infos() {
+            let kind = format!("# TYPE {} {}\n", info.name, info.kind.as_str());
+            assert!(text.contains(&kind), "{kind}");
+        }
+        assert!(text.contains(r#"vllm:cache_config_info{block_size="16",num_gpu_blocks="8"} 1"#));
+    }
+
+    #[test]
+    fn latencies_below_ten_milliseconds_are_told_apart() {
+        assert!(
+            LATENCY_SECONDS
+                .iter()
+                .filter(|bound| **bound < 0.01)
+                .count()
+                >= 3
+        );
+    }
+
+    #[test]
+    fn status_of_an_unlisted_code_is_other() {
+        for (code, want) in [(200, "200"), (429, "429"), (418, "other"), (0, "other")] {
+            assert_eq!(Status::of(code).as_str(), want);
+        }
+    }
+
+    #[test]
+    fn last_step_age_counts_from_the_last_step() {
+        let metrics = Metrics::new("m");
+        let later = metrics.started + Duration::from_secs(5);
+        assert_eq!(metrics.last_step_age(later), 0.0);
+        metrics.set_last_step(metrics.started + Duration::from_secs(2));
+        assert!((metrics.last_step_age(later) - 3.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn held_gauges_fall_when_the_guard_is_dropped() {
+        let metrics = Metrics::new("m");
+        let guard = metrics.http_requests_in_flight.hold();
+        assert_eq!(metrics.http_requests_in_flight.get(), 1);
+        drop(guard);
+        assert_eq!(metrics.http_requests_in_flight.get(), 0);
+    }
+}
