@@ -1,7 +1,10 @@
 //! Typed configuration: flags > environment > file > defaults, validated once into values that need no second look.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use crate::types::Variant;
 
 /// What the engine is built with.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +30,8 @@ pub struct ServerConfig {
     pub served_model_name: String,
     /// Keys that clients must present; none: open to all.
     pub api_keys: Vec<ApiKey>,
+    /// What a client without a key may ask for; read only where `api_keys` is empty.
+    pub open_policy: Policy,
     /// Largest request body, in bytes.
     pub body_bytes_max: usize,
     /// From accept to last byte; what runs longer is ended with an error.
@@ -59,7 +64,7 @@ pub struct RequestLimits {
 }
 
 /// A client's key and what its bearer may ask for.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ApiKey {
     /// For logs and metrics; never the secret.
     pub name: String,
@@ -69,17 +74,48 @@ pub struct ApiKey {
     pub policy: Policy,
 }
 
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiKey")
+            .field("name", &self.name)
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What a client may ask of the gates (ARCHITECTURE.md "Policy"): a request may raise safety, never lower it under the floor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     /// Variants that may be asked for.
-    pub allow_variants: Vec<crate::types::Variant>,
+    pub allow_variants: Vec<Variant>,
     /// Least `safety_bias`; also applied where the request names none.
     pub min_safety_bias: f32,
     /// Least `safety_floor`; also applied where the request names none.
     pub min_safety_floor: f32,
     /// Whether a request may lower safety by `helpfulness_bias` above 0 or not at all.
     pub allow_helpfulness_bias: bool,
+}
+
+impl Policy {
+    /// Everything is allowed: where no API keys are configured, unless the operator says otherwise.
+    pub fn open() -> Self {
+        Self {
+            allow_variants: Variant::ALL.to_vec(),
+            min_safety_bias: f32::NEG_INFINITY,
+            min_safety_floor: 0.0,
+            allow_helpfulness_bias: true,
+        }
+    }
+
+    /// `routed`, `safety` and raises of safety: a key's policy where the operator names none.
+    pub fn guarded() -> Self {
+        Self {
+            allow_variants: vec![Variant::Routed, Variant::Safety],
+            min_safety_bias: 0.0,
+            min_safety_floor: 0.0,
+            allow_helpfulness_bias: false,
+        }
+    }
 }
 
 /// Where the model comes from.
