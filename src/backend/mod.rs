@@ -7,7 +7,7 @@ pub mod reference;
 mod step;
 
 pub use error::BackendError;
-pub use step::{StepLayout, StepLimits, StepSequence};
+pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence};
 
 use crate::dtype::DType;
 
@@ -42,6 +42,17 @@ pub struct HostMatrix<'a> {
     pub dtype: DType,
     /// `rows * dtype.bytes_of(cols)` bytes.
     pub bytes: &'a [u8],
+}
+
+impl HostMatrix<'_> {
+    /// Row `i`, widened into `out` (cols).
+    ///
+    /// # Panics
+    /// When the matrix was not checked (`ops::bind_parts`) or `i` is not below its rows.
+    pub fn widen_row(&self, i: usize, out: &mut [f32]) {
+        let row = self.bytes.len() / self.rows;
+        self.dtype.widen(&self.bytes[i * row..][..row], out);
+    }
 }
 
 /// In which format a backend keeps float weights. Block formats always stay as they are.
@@ -120,7 +131,7 @@ pub trait Backend: Sized + Send + 'static {
     fn name(&self) -> &'static str;
 
     /// Stacks `parts` (equal cols, any formats) along their rows into one matrix, with `extension` (same rows in all) behind
-    /// its columns. Float parts are kept as `format` says.
+    /// its columns. Float parts are kept as `format` says; the extension is f32 in any case (it is small, and exact then).
     fn matrix(
         &self,
         parts: &[HostMatrix<'_>],

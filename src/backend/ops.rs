@@ -4,7 +4,8 @@
 //! Axes: `n` rows of the step (tokens), `d` hidden size, `m` MLP width, `k` inputs and `o` outputs of a matrix, `w` = both
 //! experts' ranks together, `r` rows whose logits are wanted, `l` layers, `c` head size, `p` positions.
 
-use super::{Backend, BackendError, KvShape, Matrix, Shaped};
+use super::step::HostStep;
+use super::{Backend, BackendError, HostMatrix, KvShape, Matrix, Shaped};
 
 /// How far a backend may be from the reference, as a fraction of the largest magnitude of the output.
 #[derive(Clone, Copy, Debug)]
@@ -288,6 +289,93 @@ fn bind_value(
     })
 }
 
+fn bind_below(
+    op: &'static Op,
+    operand: &'static str,
+    limit: usize,
+    needed: usize,
+) -> Result<(), BackendError> {
+    if needed <= limit {
+        return Ok(());
+    }
+    Err(BackendError::Contract {
+        op: op.name,
+        operand,
+        expected: format!("at least {needed}"),
+        found: limit.to_string(),
+    })
+}
+
+/// Checks whole rows of values that are to be written into `buffer`.
+pub fn bind_write<S: Shaped>(buffer: &S, values: &[f32]) -> Result<(), BackendError> {
+    let whole = values.len().is_multiple_of(buffer.width().max(1));
+    if whole && values.len() <= buffer.rows() * buffer.width() {
+        return Ok(());
+    }
+    Err(BackendError::Contract {
+        op: "write",
+        operand: "values",
+        expected: format!("up to {} rows of {}", buffer.rows(), buffer.width()),
+        found: format!("{} numbers", values.len()),
+    })
+}
+
+/// Checks that `buffer` holds `rows` rows to be read.
+pub fn bind_read<S: Shaped>(buffer: &S, rows: usize) -> Result<(), BackendError> {
+    if rows <= buffer.rows() {
+        return Ok(());
+    }
+    Err(BackendError::Contract {
+        op: "read",
+        operand: "rows",
+        expected: format!("at most {}", buffer.rows()),
+        found: rows.to_string(),
+    })
+}
+
+/// Checks the parts of a matrix that is to be made; returns o, k and w.
+pub fn bind_parts(
+    parts: &[HostMatrix<'_>],
+    extension: Option<&HostMatrix<'_>>,
+) -> Result<(usize, usize, usize), BackendError> {
+    let inputs = parts.first().map_or(0, |part| part.cols);
+    let outputs = parts.iter().map(|part| part.rows).sum();
+    for part in parts {
+        bind_part("parts", part, part.rows, inputs)?;
+    }
+    if let Some(extension) = extension {
+        bind_part("extension", extension, outputs, extension.cols)?;
+    }
+    Ok((outputs, inputs, extension.map_or(0, |x| x.cols)))
+}
+
+fn bind_part(
+    operand: &'static str,
+    part: &HostMatrix<'_>,
+    rows: usize,
+    cols: usize,
+) -> Result<(), BackendError> {
+    let bytes = part
+        .dtype
+        .bytes_of(cols)
+        .and_then(|row| row.checked_mul(rows));
+    if part.rows == rows && part.cols == cols && Some(part.bytes.len()) == bytes {
+        return Ok(());
+    }
+    let name = part.dtype.as_str();
+    Err(BackendError::Contract {
+        op: "matrix",
+        operand,
+        expected: format!("{rows} x {cols} of {name} in {bytes:?} bytes"),
+        found: format!(
+            "{} x {} in {} bytes",
+            part.rows,
+            part.cols,
+            part.bytes.len()
+        ),
+    })
+}
+
 /// Axes of a bound [`MATMUL`].
 pub struct MatMulAxes {
     /// Rows.
@@ -311,10 +399,13 @@ impl<B: Backend> MatMul<'_, B> {
 }
 
 impl<B: Backend> Embed<'_, B> {
-    /// Checks the call and returns n; ids were checked against the vocabulary when the step was made.
-    pub fn bind(&self, n: usize) -> Result<usize, BackendError> {
-        bind_rows(&EMBED, "x", self.x, n, self.table.inputs())?;
-        Ok(n)
+    /// Checks the call for `n` rows whose ids are below `vocabulary`, and returns d.
+    pub fn bind(&self, n: usize, vocabulary: usize) -> Result<usize, BackendError> {
+        let d = self.table.inputs();
+        bind_rows(&EMBED, "x", self.x, n, d)?;
+        bind_value(&EMBED, "table.extension", 0, self.table.extension_inputs())?;
+        bind_below(&EMBED, "table.outputs", self.table.outputs(), vocabulary)?;
+        Ok(d)
     }
 }
 
@@ -334,53 +425,38 @@ fn bind_cache(
     shape: KvShape,
     layer: usize,
     heads: Heads,
+    blocks: usize,
 ) -> Result<(), BackendError> {
     bind_value(op, "heads.kv", shape.kv_heads, heads.kv)?;
     bind_value(op, "heads.size", shape.head_size, heads.size)?;
-    if layer >= shape.layers {
-        return Err(BackendError::Contract {
-            op: op.name,
-            operand: "layer",
-            expected: format!("below {}", shape.layers),
-            found: layer.to_string(),
-        });
-    }
-    Ok(())
+    bind_value(op, "heads.size % 2", 0, heads.size % 2)?;
+    bind_value(
+        op,
+        "heads.query % heads.kv",
+        0,
+        heads.query % heads.kv.max(1),
+    )?;
+    bind_below(op, "layer", shape.layers, layer + 1)?;
+    bind_below(op, "cache.blocks", shape.blocks, blocks)
 }
 
 impl<B: Backend> RopeKvWrite<'_, B> {
-    /// Checks the call for `n` rows whose last position is below `positions`.
-    pub fn bind(&self, n: usize, positions: usize, cache: KvShape) -> Result<(), BackendError> {
-        bind_rows(&ROPE_KV_WRITE, "qkv", self.qkv, n, self.heads.qkv_width())?;
-        bind_rows(
-            &ROPE_KV_WRITE,
-            "rope",
-            self.rope,
-            positions,
-            self.heads.size,
-        )?;
-        bind_cache(&ROPE_KV_WRITE, cache, self.layer, self.heads)
+    /// Checks the call for `step` and a cache of this shape.
+    pub fn bind(&self, step: &HostStep, cache: KvShape) -> Result<(), BackendError> {
+        let (op, heads) = (&ROPE_KV_WRITE, self.heads);
+        bind_rows(op, "qkv", self.qkv, step.rows(), heads.qkv_width())?;
+        bind_rows(op, "rope", self.rope, step.positions_end(), heads.size)?;
+        bind_cache(op, cache, self.layer, heads, step.blocks_end())
     }
 }
 
 impl<B: Backend> Attention<'_, B> {
-    /// Checks the call for `n` rows.
-    pub fn bind(&self, n: usize, cache: KvShape) -> Result<(), BackendError> {
-        bind_rows(&ATTENTION, "qkv", self.qkv, n, self.heads.qkv_width())?;
-        bind_rows(
-            &ATTENTION,
-            "y",
-            self.y,
-            n,
-            self.heads.query * self.heads.size,
-        )?;
-        bind_value(
-            &ATTENTION,
-            "heads.query % heads.kv",
-            0,
-            self.heads.query % self.heads.kv.max(1),
-        )?;
-        bind_cache(&ATTENTION, cache, self.layer, self.heads)
+    /// Checks the call for `step` and a cache of this shape.
+    pub fn bind(&self, step: &HostStep, cache: KvShape) -> Result<(), BackendError> {
+        let (op, heads) = (&ATTENTION, self.heads);
+        bind_rows(op, "qkv", self.qkv, step.rows(), heads.qkv_width())?;
+        bind_rows(op, "y", self.y, step.rows(), heads.query * heads.size)?;
+        bind_cache(op, cache, self.layer, heads, step.blocks_end())
     }
 }
 
@@ -389,11 +465,13 @@ impl<B: Backend> SiluMulExpertMix<'_, B> {
     pub fn bind(&self, n: usize) -> Result<usize, BackendError> {
         let op = &SILU_MUL_EXPERT_MIX;
         let m = self.gate_up.width() / 2;
+        bind_value(op, "gate_up % 2", 0, self.gate_up.width() % 2)?;
         let w = self.experts.as_ref().map_or(0, |(_, shape)| shape.width());
         bind_rows(op, "gate_up", self.gate_up, n, 2 * m)?;
         bind_rows(op, "hu", self.hu, n, m + w)?;
         if let Some((e, shape)) = &self.experts {
             bind_value(op, "e.inputs", m, e.inputs())?;
+            bind_value(op, "e.extension", 0, e.extension_inputs())?;
             bind_value(op, "e.outputs", shape.width() + 2, e.outputs())?;
             bind_rows(
                 op,

@@ -121,3 +121,146 @@ fn below(operand: &'static str, limit: usize, found: usize) -> Result<(), Backen
         ))
     }
 }
+
+/// A step in host memory: what the backends that run here keep of a [`StepLayout`].
+///
+/// Invariant: what it holds passed [`StepLayout::check`]. Its vectors never grow beyond the limits they were made for.
+#[derive(Debug)]
+pub struct HostStep {
+    limits: StepLimits,
+    tokens: Vec<TokenId>,
+    sequences: Vec<PlacedSequence>,
+    blocks: Vec<BlockId>,
+    logit_rows: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct PlacedSequence {
+    first_row: usize,
+    rows: usize,
+    start: usize,
+    first_block: usize,
+    blocks: usize,
+    gates: GateOverride,
+}
+
+/// One sequence of a [`HostStep`].
+#[derive(Clone, Copy, Debug)]
+pub struct HostSequence<'a> {
+    /// Its first row in the step's buffers.
+    pub first_row: usize,
+    /// Its rows.
+    pub rows: usize,
+    /// Position of its first row.
+    pub start: usize,
+    /// Blocks of positions `0..start + rows`.
+    pub block_table: &'a [BlockId],
+    /// Rules of its gates.
+    pub gates: GateOverride,
+}
+
+impl HostSequence<'_> {
+    /// Each row with its position.
+    pub fn placed_rows(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (first_row, start) = (self.first_row, self.start);
+        (0..self.rows).map(move |i| (first_row + i, start + i))
+    }
+}
+
+impl HostStep {
+    /// Room for any step within `limits`, reserved now so that loading a step allocates nothing.
+    pub fn new(limits: StepLimits) -> Self {
+        // A sequence has at least one row.
+        let sequences = limits.sequences.min(limits.rows);
+        let table = limits.positions.div_ceil(BLOCK_TOKENS);
+        Self {
+            limits,
+            tokens: Vec::with_capacity(limits.rows),
+            sequences: Vec::with_capacity(sequences),
+            blocks: Vec::with_capacity(sequences.saturating_mul(table.min(limits.blocks))),
+            logit_rows: Vec::with_capacity(limits.logit_rows),
+        }
+    }
+
+    /// Checks `layout` and keeps it. On an error the step before stays.
+    pub fn load(&mut self, layout: &StepLayout<'_>) -> Result<(), BackendError> {
+        layout.check(&self.limits)?;
+        self.tokens.clear();
+        self.tokens.extend_from_slice(layout.tokens);
+        self.logit_rows.clear();
+        self.logit_rows.extend_from_slice(layout.logit_rows);
+        self.sequences.clear();
+        self.blocks.clear();
+        let mut first_row = 0;
+        for sequence in layout.sequences {
+            let blocks = (sequence.start + sequence.rows).div_ceil(BLOCK_TOKENS);
+            self.sequences.push(PlacedSequence {
+                first_row,
+                rows: sequence.rows,
+                start: sequence.start,
+                first_block: self.blocks.len(),
+                blocks,
+                gates: sequence.gates,
+            });
+            self.blocks
+                .extend_from_slice(&sequence.block_table[..blocks]);
+            first_row += sequence.rows;
+        }
+        Ok(())
+    }
+
+    /// The limits it was made for.
+    pub fn limits(&self) -> &StepLimits {
+        &self.limits
+    }
+
+    /// (n).
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// n.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Rows whose logits are wanted.
+    pub fn logit_rows(&self) -> &[usize] {
+        &self.logit_rows
+    }
+
+    /// Sequences in order of their rows.
+    pub fn sequences(&self) -> impl ExactSizeIterator<Item = HostSequence<'_>> {
+        self.sequences.iter().map(|placed| self.resolve(placed))
+    }
+
+    /// The `i`-th sequence.
+    pub fn sequence(&self, i: usize) -> HostSequence<'_> {
+        self.resolve(&self.sequences[i])
+    }
+
+    /// One past the last position of any row: what a table of positions must cover.
+    pub fn positions_end(&self) -> usize {
+        let ends = self
+            .sequences
+            .iter()
+            .map(|placed| placed.start + placed.rows);
+        ends.max().unwrap_or(0)
+    }
+
+    /// One past the largest block index in use: what a cache must cover.
+    pub fn blocks_end(&self) -> usize {
+        let ends = self.blocks.iter().map(|block| block.index() + 1);
+        ends.max().unwrap_or(0)
+    }
+
+    fn resolve(&self, placed: &PlacedSequence) -> HostSequence<'_> {
+        HostSequence {
+            first_row: placed.first_row,
+            rows: placed.rows,
+            start: placed.start,
+            block_table: &self.blocks[placed.first_block..][..placed.blocks],
+            gates: placed.gates,
+        }
+    }
+}
