@@ -1,12 +1,14 @@
 //! What the rest of the program holds of the engine: a cloneable handle that submits, and one stream of events a request.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::error::SubmitError;
-use crate::types::{FinishReason, GateOverride, SamplingParams, TokenId, Variant};
+use crate::metrics::{Metrics, Refusal};
+use crate::types::{BLOCK_TOKENS, FinishReason, GateOverride, SamplingParams, TokenId, Variant};
 
 /// A request, as token ids.
 #[derive(Clone, Debug)]
@@ -104,28 +106,49 @@ pub enum Event {
 }
 
 /// The messages that the engine thread receives: all that can happen to it.
-pub enum Command {
+pub(super) enum Command {
     /// A new request.
-    Submit(Box<Submission>, mpsc::Sender<Event>),
-    /// Finish what was admitted, then stop.
+    Submit(Box<Admission>),
+    /// Finish what was admitted, then stop. The state says so too; this wakes an idle engine.
     Drain,
 }
 
-/// Submits to the engine. Cheap to clone.
+/// A submission on its way to the engine thread, with the engine's ends of what the client holds.
+pub(super) struct Admission {
+    pub submission: Submission,
+    pub events: mpsc::Sender<Event>,
+    pub stops: Arc<[AtomicBool]>,
+    pub accepted: Instant,
+    pub ticket: QueueTicket,
+}
+
+/// One place in the queue, from submission until the request's first step or its end.
+pub(super) struct QueueTicket(Arc<EngineShared>);
+
+impl Drop for QueueTicket {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Submits to the engine. Cheap to clone. The engine stops when it is asked to drain, or when every handle is gone.
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     shared: Arc<EngineShared>,
+    metrics: Arc<Metrics>,
 }
 
 /// What both sides may read at any time.
-pub struct EngineShared {
-    /// Limits that a submission is checked against.
-    pub limits: EngineLimits,
-    /// Milliseconds since `started` at the end of the last step or idle wait.
-    last_progress_ms: AtomicU64,
-    started: std::time::Instant,
-    state: AtomicU64,
+pub(super) struct EngineShared {
+    limits: EngineLimits,
+    started: Instant,
+    /// Milliseconds from `started` to the last progress: the end of a step, or the end of an idle wait.
+    progress_ms: AtomicU64,
+    busy: AtomicBool,
+    /// Requests that have not had their first step.
+    waiting: AtomicUsize,
+    state: watch::Sender<EngineState>,
 }
 
 /// What the engine can take, for errors and for `/v1/models`.
@@ -141,6 +164,8 @@ pub struct EngineLimits {
     pub layers: usize,
     /// Requests waiting at most.
     pub queue_max: usize,
+    /// Blocks of the K/V cache.
+    pub kv_blocks: usize,
 }
 
 /// The engine's life.
@@ -156,14 +181,310 @@ pub enum EngineState {
     Dead,
 }
 
+/// Whether the step loop is advancing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineHealth {
+    /// Where the engine is in its life.
+    pub state: EngineState,
+    /// `None`: there is no work. Else the time since the loop last advanced.
+    pub stalled: Option<Duration>,
+}
+
+impl EngineHandle {
+    /// A handle, and the engine's end of it.
+    pub(super) fn new(limits: EngineLimits, metrics: Arc<Metrics>) -> (Self, EngineInbox) {
+        // One place more than requests may wait: for `Drain`.
+        let (sender, receiver) = mpsc::channel(limits.queue_max.saturating_add(1));
+        let shared = Arc::new(EngineShared {
+            limits,
+            started: Instant::now(),
+            progress_ms: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
+            state: watch::Sender::new(EngineState::Running),
+        });
+        let inbox = EngineInbox {
+            commands: receiver,
+            shared: Arc::clone(&shared),
+        };
+        let handle = Self {
+            commands: sender,
+            shared,
+            metrics,
+        };
+        (handle, inbox)
+    }
+
+    /// Queues a request. Never blocks.
+    ///
+    /// # Errors
+    /// Says why the request can never be served, or not now; then nothing was queued.
+    pub fn submit(&self, submission: Submission) -> Result<EventStream, SubmitError> {
+        let result = self.try_submit(submission);
+        if let Err(error) = &result {
+            let refusal = match error {
+                SubmitError::QueueFull { .. } => Refusal::QueueFull,
+                SubmitError::Draining => Refusal::Draining,
+                SubmitError::EngineGone => Refusal::EngineGone,
+                _ => Refusal::Invalid,
+            };
+            self.metrics.refusals.of(refusal).increment();
+        }
+        result
+    }
+
+    fn try_submit(&self, mut submission: Submission) -> Result<EventStream, SubmitError> {
+        match self.state() {
+            EngineState::Running => {}
+            EngineState::Draining | EngineState::Stopped => return Err(SubmitError::Draining),
+            EngineState::Dead => return Err(SubmitError::EngineGone),
+        }
+        submission.choices = submission.choices.max(1);
+        self.shared.limits.check(&submission)?;
+        let ticket = self.shared.take_ticket()?;
+        let (events, receiver) = mpsc::channel(events_max(&submission));
+        let stops: Arc<[AtomicBool]> = (0..submission.choices)
+            .map(|_| AtomicBool::new(false))
+            .collect();
+        let admission = Admission {
+            submission,
+            events,
+            stops: Arc::clone(&stops),
+            accepted: Instant::now(),
+            ticket,
+        };
+        match self.commands.try_send(Command::Submit(Box::new(admission))) {
+            Ok(()) => Ok(EventStream {
+                events: receiver,
+                stops,
+            }),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(SubmitError::QueueFull {
+                limit: self.shared.limits.queue_max,
+            }),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(match self.state() {
+                EngineState::Dead => SubmitError::EngineGone,
+                _ => SubmitError::Draining,
+            }),
+        }
+    }
+
+    /// What the engine can take.
+    pub fn limits(&self) -> &EngineLimits {
+        &self.shared.limits
+    }
+
+    /// Where the engine is in its life.
+    pub fn state(&self) -> EngineState {
+        *self.shared.state.borrow()
+    }
+
+    /// Requests that wait for their first step.
+    pub fn waiting(&self) -> usize {
+        self.shared.waiting.load(Ordering::Acquire)
+    }
+
+    /// Whether the step loop is advancing.
+    pub fn health(&self) -> EngineHealth {
+        let progress = Duration::from_millis(self.shared.progress_ms.load(Ordering::Acquire));
+        let busy = self.shared.busy.load(Ordering::Acquire);
+        EngineHealth {
+            state: self.state(),
+            stalled: busy.then(|| self.shared.started.elapsed().saturating_sub(progress)),
+        }
+    }
+
+    /// Refuses new requests from now on; the engine finishes what it has, then stops.
+    pub fn drain(&self) {
+        self.shared.advance_state(EngineState::Draining);
+        // A full queue needs no wake-up: the engine is at work, and reads the state when it is done.
+        let _ = self.commands.try_send(Command::Drain);
+    }
+
+    /// Waits until the engine has ended: [`EngineState::Stopped`] or [`EngineState::Dead`].
+    pub async fn ended(&self) -> EngineState {
+        let mut state = self.shared.state.subscribe();
+        let ended = |state: &EngineState| matches!(state, EngineState::Stopped | EngineState::Dead);
+        match state.wait_for(ended).await {
+            Ok(state) => *state,
+            // Unreachable while `self` holds the sender.
+            Err(_) => EngineState::Dead,
+        }
+    }
+}
+
+impl EngineLimits {
+    fn check(&self, submission: &Submission) -> Result<(), SubmitError> {
+        let prompt = submission.prompt.len();
+        let max_tokens = submission.sampling.max_tokens as usize;
+        if prompt == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if !self.routed && submission.variant != Variant::Base {
+            let variant = submission.variant.as_str();
+            return Err(SubmitError::NoExperts { variant });
+        }
+        let outside = |token: &&TokenId| token.index() >= self.vocabulary;
+        if let Some(token) = submission.prompt.iter().find(outside) {
+            return Err(SubmitError::TokenOutOfRange {
+                found: token.0,
+                vocabulary: self.vocabulary,
+            });
+        }
+        if prompt.saturating_add(max_tokens) > self.context_tokens_max {
+            return Err(SubmitError::ContextLength {
+                limit: self.context_tokens_max,
+                prompt,
+                max_tokens,
+            });
+        }
+        // The last token is sampled, never computed.
+        let positions = prompt + max_tokens.saturating_sub(1);
+        let needed = positions.div_ceil(BLOCK_TOKENS);
+        if needed > self.kv_blocks {
+            return Err(SubmitError::CacheTooSmall {
+                needed,
+                blocks: self.kv_blocks,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl EngineShared {
+    fn take_ticket(self: &Arc<Self>) -> Result<QueueTicket, SubmitError> {
+        let limit = self.limits.queue_max;
+        self.waiting
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
+                (waiting < limit).then_some(waiting + 1)
+            })
+            .map(|_| QueueTicket(Arc::clone(self)))
+            .map_err(|_| SubmitError::QueueFull { limit })
+    }
+
+    /// Life goes one way only.
+    fn advance_state(&self, next: EngineState) {
+        self.state.send_if_modified(|state| {
+            let later = (*state as u8) < (next as u8);
+            if later {
+                *state = next;
+            }
+            later
+        });
+    }
+}
+
+/// Events that a request can produce: so many fit its channel, and the engine never waits for a client.
+fn events_max(submission: &Submission) -> usize {
+    let per_choice = submission.sampling.max_tokens as usize + 1;
+    let all = per_choice.saturating_mul(submission.choices as usize) + 1;
+    all.min(tokio::sync::Semaphore::MAX_PERMITS)
+}
+
+/// The engine's end of its handles.
+pub(super) struct EngineInbox {
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<EngineShared>,
+}
+
+/// What the engine finds in its inbox.
+pub(super) enum Received {
+    /// A request.
+    Submit(Box<Admission>),
+    /// Nothing now.
+    Nothing,
+    /// Nothing, and nothing will come.
+    Closed,
+}
+
+impl EngineInbox {
+    /// The next request, if there is one. Never blocks.
+    pub(super) fn poll(&mut self) -> Received {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Submit(admission)) => return Received::Submit(admission),
+                Ok(Command::Drain) => {}
+                // No request comes in any more; one that was on its way is met on the next turn.
+                Err(mpsc::error::TryRecvError::Empty) if self.draining() => self.commands.close(),
+                Err(mpsc::error::TryRecvError::Empty) => return Received::Nothing,
+                Err(mpsc::error::TryRecvError::Disconnected) => return Received::Closed,
+            }
+        }
+    }
+
+    /// Waits for a request.
+    pub(super) fn wait(&mut self) -> Received {
+        loop {
+            if self.draining() {
+                return self.poll();
+            }
+            match self.commands.blocking_recv() {
+                Some(Command::Submit(admission)) => return Received::Submit(admission),
+                Some(Command::Drain) => {}
+                None => return Received::Closed,
+            }
+        }
+    }
+
+    /// Ends the engine's life: every handle sees `state`, and what was still queued is returned, to be refused.
+    pub(super) fn end(&mut self, state: EngineState) -> Vec<Box<Admission>> {
+        self.shared.advance_state(state);
+        self.set_busy(false);
+        self.commands.close();
+        let mut left = Vec::new();
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(admission) = command {
+                left.push(admission);
+            }
+        }
+        left
+    }
+
+    /// Whether the engine was asked to finish.
+    pub(super) fn draining(&self) -> bool {
+        *self.shared.state.borrow() != EngineState::Running
+    }
+
+    /// Says whether there is work, as of now.
+    pub(super) fn set_busy(&self, busy: bool) {
+        self.progress();
+        self.shared.busy.store(busy, Ordering::Release);
+    }
+
+    /// The loop has advanced.
+    pub(super) fn progress(&self) {
+        let now = self.shared.started.elapsed().as_millis();
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        self.shared.progress_ms.store(now, Ordering::Release);
+    }
+}
+
 /// The events of one request. Dropping it cancels the request: the next step frees its blocks.
 pub struct EventStream {
     events: mpsc::Receiver<Event>,
+    stops: Arc<[AtomicBool]>,
 }
 
 impl EventStream {
     /// The next event; `None` after the last, or at once when the engine died.
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
+    }
+
+    /// As [`Self::next`], for callers outside an async runtime.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+
+    /// The next event, if it is there already.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    /// Ends one choice, because a stop string was found in its text. It finishes with [`FinishReason::Stop`] before its
+    /// next token; tokens already on their way still come. Unlike dropping the stream this counts as an answer given.
+    pub fn stop(&self, choice: u32) {
+        if let Some(stop) = self.stops.get(choice as usize) {
+            stop.store(true, Ordering::Release);
+        }
     }
 }

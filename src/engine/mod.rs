@@ -5,6 +5,6 @@ mod handle;
 
 pub use error::SubmitError;
 pub use handle::{
-    Command, EngineHandle, EngineLimits, EngineShared, EngineState, Event, EventStream, GateDetail,
+    EngineHandle, EngineHealth, EngineLimits, EngineState, Event, EventStream, GateDetail,
     GeneratedToken, Submission, TokenGates, TokenLogprobs,
 };
