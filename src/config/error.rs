@@ -49,6 +49,16 @@ pub enum ConfigError {
         /// What came.
         found: String,
     },
+    /// A value that cannot be used, in the words of whoever tried to read it.
+    #[error("{origin}: `{key}`: {reason}")]
+    Invalid {
+        /// The file.
+        origin: String,
+        /// The key.
+        key: String,
+        /// What is legal and what came.
+        reason: String,
+    },
 }
 
 fn nearest_hint(nearest: &Option<String>) -> String {

@@ -1,5 +1,24 @@
 //! Typed configuration: flags > environment > file > defaults, validated once into values that need no second look.
 
+mod api_keys;
+mod error;
+mod load;
+mod options;
+pub mod reference;
+mod validate;
+mod values;
+
+pub use error::ConfigError;
+pub use load::{Group, Sources};
+pub use options::{
+    ChatOptions, ConvertOptions, EngineOptions, HealthOptions, LimitOptions, LogOptions,
+    ModelOptions, PolicyOptions, ServeOptions, ServerOptions, TalkOptions,
+};
+pub use validate::{DEMO_NAME, KvBudget, ModelFacts, RuntimeConfig, ServeConfig};
+pub use values::{
+    ByteSize, Device, KvDType, LogFormat, Secret, TimeSpan, VariantName, WeightDType,
+};
+
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;

@@ -99,13 +99,31 @@ pub struct ModelOptions {
 #[command(next_help_heading = "Engine")]
 pub struct EngineOptions {
     /// Format of float weights in memory. Quantised weights always stay as they are.
-    #[arg(long, env = "MIDPO_DTYPE", value_enum, default_value_t, value_name = "TYPE")]
+    #[arg(
+        long,
+        env = "MIDPO_DTYPE",
+        value_enum,
+        default_value_t,
+        value_name = "TYPE"
+    )]
     pub dtype: WeightDType,
     /// Format of the K/V cache: bf16 is half the memory, f32 exact.
-    #[arg(long, env = "MIDPO_KV_DTYPE", value_enum, default_value_t, value_name = "TYPE")]
+    #[arg(
+        long,
+        env = "MIDPO_KV_DTYPE",
+        value_enum,
+        default_value_t,
+        value_name = "TYPE"
+    )]
     pub kv_dtype: KvDType,
     /// Device to run on.
-    #[arg(long, env = "MIDPO_DEVICE", value_enum, default_value_t, value_name = "DEVICE")]
+    #[arg(
+        long,
+        env = "MIDPO_DEVICE",
+        value_enum,
+        default_value_t,
+        value_name = "DEVICE"
+    )]
     pub device: Device,
     /// Threads of the CPU backend; by default as many as the machine lets this process use.
     #[arg(long, env = "MIDPO_THREADS", value_name = "N")]
@@ -120,10 +138,20 @@ pub struct EngineOptions {
     #[arg(long, env = "MIDPO_KV_CACHE_BYTES", value_name = "BYTES")]
     pub kv_cache_bytes: Option<ByteSize>,
     /// Most tokens computed in one step, prefill and decode together. More is faster overall and slower to the next token.
-    #[arg(long, env = "MIDPO_BATCH_TOKENS_MAX", default_value_t = 512, value_name = "TOKENS")]
+    #[arg(
+        long,
+        env = "MIDPO_BATCH_TOKENS_MAX",
+        default_value_t = 512,
+        value_name = "TOKENS"
+    )]
     pub batch_tokens_max: u32,
     /// Most sequences running at once.
-    #[arg(long, env = "MIDPO_SEQUENCES_MAX", default_value_t = 64, value_name = "N")]
+    #[arg(
+        long,
+        env = "MIDPO_SEQUENCES_MAX",
+        default_value_t = 64,
+        value_name = "N"
+    )]
     pub sequences_max: u32,
     /// Most requests waiting; one more is refused with 429.
     #[arg(long, env = "MIDPO_QUEUE_MAX", default_value_t = 256, value_name = "N")]
@@ -139,7 +167,12 @@ pub struct EngineOptions {
 #[command(next_help_heading = "Server")]
 pub struct ServerOptions {
     /// Address to listen on. 0.0.0.0 is every interface: configure API keys first.
-    #[arg(long, env = "MIDPO_HOST", default_value = "127.0.0.1", value_name = "HOST")]
+    #[arg(
+        long,
+        env = "MIDPO_HOST",
+        default_value = "127.0.0.1",
+        value_name = "HOST"
+    )]
     pub host: String,
     /// Port to listen on; 0 lets the system choose. The first line on standard output says which.
     #[arg(long, env = "MIDPO_PORT", default_value_t = 8000, value_name = "PORT")]
@@ -149,7 +182,13 @@ pub struct ServerOptions {
     pub served_model_name: Option<String>,
     /// A key that clients must present as `Authorization: Bearer KEY`; repeatable, or separated by commas. Without any key
     /// the API is open.
-    #[arg(long, env = "MIDPO_API_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
+    #[arg(
+        long,
+        env = "MIDPO_API_KEY",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
     pub api_key: Vec<Secret>,
     /// File of keys: one a line, or TOML whose `[[key]]` tables have `name`, `secret`, and optionally `allow_variants`,
     /// `min_safety_bias`, `min_safety_floor` and `allow_helpfulness_bias`.
@@ -157,16 +196,36 @@ pub struct ServerOptions {
     pub api_key_file: Option<PathBuf>,
     /// An origin whose pages may call the API from a browser, or `*`; repeatable, or separated by commas. Without any, CORS
     /// is off.
-    #[arg(long, env = "MIDPO_CORS_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
+    #[arg(
+        long,
+        env = "MIDPO_CORS_ORIGIN",
+        value_name = "ORIGIN",
+        value_delimiter = ','
+    )]
     pub cors_origin: Vec<String>,
     /// Longest time from accepting a request to its last byte; what runs longer is ended with an error.
-    #[arg(long, env = "MIDPO_REQUEST_TIMEOUT", default_value = "10m", value_name = "TIME")]
+    #[arg(
+        long,
+        env = "MIDPO_REQUEST_TIMEOUT",
+        default_value = "10m",
+        value_name = "TIME"
+    )]
     pub request_timeout: TimeSpan,
     /// Silence on a stream after which a comment is sent, so that proxies keep it open.
-    #[arg(long, env = "MIDPO_KEEP_ALIVE", default_value = "15s", value_name = "TIME")]
+    #[arg(
+        long,
+        env = "MIDPO_KEEP_ALIVE",
+        default_value = "15s",
+        value_name = "TIME"
+    )]
     pub keep_alive: TimeSpan,
     /// After SIGTERM or SIGINT: refuse new requests, let those that run finish for this long, then exit.
-    #[arg(long, env = "MIDPO_DRAIN_TIMEOUT", default_value = "30s", value_name = "TIME")]
+    #[arg(
+        long,
+        env = "MIDPO_DRAIN_TIMEOUT",
+        default_value = "30s",
+        value_name = "TIME"
+    )]
     pub drain_timeout: TimeSpan,
 }
 
@@ -178,22 +237,52 @@ pub struct LimitOptions {
     #[arg(long, env = "MIDPO_DEFAULT_MAX_TOKENS", value_name = "TOKENS")]
     pub default_max_tokens: Option<u32>,
     /// Largest request body.
-    #[arg(long, env = "MIDPO_BODY_BYTES_MAX", default_value = "4MiB", value_name = "BYTES")]
+    #[arg(
+        long,
+        env = "MIDPO_BODY_BYTES_MAX",
+        default_value = "4MiB",
+        value_name = "BYTES"
+    )]
     pub body_bytes_max: ByteSize,
     /// Most choices, `n`.
-    #[arg(long, env = "MIDPO_CHOICES_MAX", default_value_t = 16, value_name = "N")]
+    #[arg(
+        long,
+        env = "MIDPO_CHOICES_MAX",
+        default_value_t = 16,
+        value_name = "N"
+    )]
     pub choices_max: u32,
     /// Most prompts in one `/v1/completions` request.
-    #[arg(long, env = "MIDPO_PROMPTS_MAX", default_value_t = 64, value_name = "N")]
+    #[arg(
+        long,
+        env = "MIDPO_PROMPTS_MAX",
+        default_value_t = 64,
+        value_name = "N"
+    )]
     pub prompts_max: u32,
     /// Most stop strings.
-    #[arg(long, env = "MIDPO_STOP_STRINGS_MAX", default_value_t = 16, value_name = "N")]
+    #[arg(
+        long,
+        env = "MIDPO_STOP_STRINGS_MAX",
+        default_value_t = 16,
+        value_name = "N"
+    )]
     pub stop_strings_max: u32,
     /// Longest stop string, in bytes.
-    #[arg(long, env = "MIDPO_STOP_BYTES_MAX", default_value_t = 256, value_name = "BYTES")]
+    #[arg(
+        long,
+        env = "MIDPO_STOP_BYTES_MAX",
+        default_value_t = 256,
+        value_name = "BYTES"
+    )]
     pub stop_bytes_max: u32,
     /// Most entries of `logit_bias`.
-    #[arg(long, env = "MIDPO_LOGIT_BIAS_MAX", default_value_t = 1024, value_name = "N")]
+    #[arg(
+        long,
+        env = "MIDPO_LOGIT_BIAS_MAX",
+        default_value_t = 1024,
+        value_name = "N"
+    )]
     pub logit_bias_max: u32,
 }
 
@@ -203,10 +292,20 @@ pub struct LimitOptions {
 pub struct PolicyOptions {
     /// Variants that clients may ask for, separated by commas: routed, base, safety, helpfulness, both. By default all
     /// without API keys, `routed,safety` with them.
-    #[arg(long, env = "MIDPO_ALLOW_VARIANTS", value_name = "VARIANTS", value_delimiter = ',')]
+    #[arg(
+        long,
+        env = "MIDPO_ALLOW_VARIANTS",
+        value_name = "VARIANTS",
+        value_delimiter = ','
+    )]
     pub allow_variants: Vec<VariantName>,
     /// Least `safety_bias` of every request, also of those that name none. By default 0 with API keys, no bound without.
-    #[arg(long, env = "MIDPO_MIN_SAFETY_BIAS", value_name = "BIAS", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        env = "MIDPO_MIN_SAFETY_BIAS",
+        value_name = "BIAS",
+        allow_negative_numbers = true
+    )]
     pub min_safety_bias: Option<f32>,
     /// Least `safety_floor` of every request, 0 to 1, also of those that name none. By default 0.
     #[arg(long, env = "MIDPO_MIN_SAFETY_FLOOR", value_name = "GATE")]
@@ -222,10 +321,21 @@ pub struct PolicyOptions {
 #[command(next_help_heading = "Logs")]
 pub struct LogOptions {
     /// Least level that is logged: error, warn, info, debug or trace; or one a module, as in `info,midpo::engine=debug`.
-    #[arg(long, env = "MIDPO_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    #[arg(
+        long,
+        env = "MIDPO_LOG_LEVEL",
+        default_value = "info",
+        value_name = "LEVEL"
+    )]
     pub log_level: String,
     /// How log lines look.
-    #[arg(long, env = "MIDPO_LOG_FORMAT", value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(
+        long,
+        env = "MIDPO_LOG_FORMAT",
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT"
+    )]
     pub log_format: LogFormat,
     /// Log prompts and answers too, at level debug. Off, nothing that a user wrote is logged.
     #[arg(long, env = "MIDPO_LOG_CONTENT", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
@@ -241,7 +351,12 @@ pub struct TalkOptions {
     #[arg(long, env = "MIDPO_CHAT_URL", value_name = "URL")]
     pub url: Option<String>,
     /// Key for that server.
-    #[arg(long, env = "MIDPO_CHAT_KEY", value_name = "KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        env = "MIDPO_CHAT_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
     pub key: Option<Secret>,
     /// Model to ask for on that server; by default the first that it lists.
     #[arg(long, env = "MIDPO_CHAT_NAME", value_name = "NAME")]
@@ -260,7 +375,12 @@ pub struct TalkOptions {
     #[arg(long, env = "MIDPO_CHAT_TEMPERATURE", value_name = "T")]
     pub temperature: Option<f32>,
     /// Most tokens of one answer.
-    #[arg(long, env = "MIDPO_CHAT_MAX_TOKENS", default_value_t = 512, value_name = "TOKENS")]
+    #[arg(
+        long,
+        env = "MIDPO_CHAT_MAX_TOKENS",
+        default_value_t = 512,
+        value_name = "TOKENS"
+    )]
     pub max_tokens: u32,
     /// Makes answers repeatable.
     #[arg(long, env = "MIDPO_CHAT_SEED", value_name = "N")]

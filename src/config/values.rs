@@ -19,7 +19,10 @@ impl FromStr for TimeSpan {
 
     fn from_str(word: &str) -> Result<Self, String> {
         let expected = || format!("expected a time such as `30s`, `500ms` or `2m`, found `{word}`");
-        let span = if word.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+        let span = if word
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || byte == b'.')
+        {
             let seconds: f64 = word.parse().map_err(|_| expected())?;
             Duration::try_from_secs_f64(seconds).map_err(|_| expected())?
         } else {
@@ -61,8 +64,9 @@ impl FromStr for ByteSize {
     type Err = String;
 
     fn from_str(word: &str) -> Result<Self, String> {
-        let expected =
-            || format!("expected a size such as `512MiB`, `4GiB` or a number of bytes, found `{word}`");
+        let expected = || {
+            format!("expected a size such as `512MiB`, `4GiB` or a number of bytes, found `{word}`")
+        };
         let digits = word.trim_end_matches(|c: char| c.is_ascii_alphabetic());
         let unit = word.get(digits.len()..).unwrap_or_default();
         let factor = if unit.is_empty() {
@@ -265,9 +269,18 @@ mod tests {
             ("99999999999GiB", None),
             ("-1", None),
         ] {
-            assert_eq!(word.parse::<ByteSize>().ok().map(|size| size.0), bytes, "{word}");
+            assert_eq!(
+                word.parse::<ByteSize>().ok().map(|size| size.0),
+                bytes,
+                "{word}"
+            );
         }
-        for (bytes, word) in [(4 << 30, "4GiB"), (1536 << 20, "1536MiB"), (17, "17"), (0, "0")] {
+        for (bytes, word) in [
+            (4 << 30, "4GiB"),
+            (1536 << 20, "1536MiB"),
+            (17, "17"),
+            (0, "0"),
+        ] {
             assert_eq!(ByteSize(bytes).to_string(), word);
         }
     }

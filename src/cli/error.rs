@@ -1,0 +1,46 @@
+//! What ends the program.
+
+use std::process::ExitCode;
+
+use crate::config::ConfigError;
+
+/// Why a subcommand failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// A flag, a variable or a file of settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Standard input or output.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another server.
+    #[error("{url}: {reason}")]
+    Remote {
+        /// Its address.
+        url: String,
+        /// What it said, or did not.
+        reason: String,
+    },
+}
+
+impl CliError {
+    /// 2 for what the user wrote, 1 for what happened later.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(_) => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+
+    /// Wraps an I/O error.
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
