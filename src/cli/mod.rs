@@ -85,8 +85,10 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
     let matches = Cli::command()
         .try_get_matches_from(arguments)
         .map_err(|error| ConfigError::from(Box::new(error)))?;
-    let cli = Cli::from_arg_matches(&matches).map_err(|error| ConfigError::from(Box::new(error)))?;
-    let _arguments_of_subcommand: Option<&ArgMatches> = matches.subcommand().map(|(_, matches)| matches);
+    let cli =
+        Cli::from_arg_matches(&matches).map_err(|error| ConfigError::from(Box::new(error)))?;
+    let _arguments_of_subcommand: Option<&ArgMatches> =
+        matches.subcommand().map(|(_, matches)| matches);
     match cli.command {
         Command::Health(options) => health::run(&options),
         Command::Reference(options) => reference::run(&options),

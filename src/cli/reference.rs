@@ -40,7 +40,8 @@ pub(super) fn run(options: &ReferenceOptions) -> Result<ExitCode, CliError> {
 
 /// The README's table of metrics.
 pub fn metrics() -> String {
-    let mut text = String::from("| metric | type | labels | meaning |\n| --- | --- | --- | --- |\n");
+    let mut text =
+        String::from("| metric | type | labels | meaning |\n| --- | --- | --- | --- |\n");
     for info in Metrics::new("midpo").infos() {
         text += &format!(
             "| `{}` | {} | {} | {} |\n",

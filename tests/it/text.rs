@@ -2,8 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use midpo::text::{
-    Chat, ChatTemplate, Message, SpecialTokens, Start, TextStream, TextStreamOptions,
-    Tokenizer,
+    Chat, ChatTemplate, Message, SpecialTokens, Start, TextStream, TextStreamOptions, Tokenizer,
 };
 use midpo::types::TokenId;
 use proptest::prelude::*;
