@@ -127,7 +127,10 @@ mod tests {
     fn check(secrets: &[&str], header: Option<&str>, want: Option<Option<&str>>) {
         let mut headers = HeaderMap::new();
         if let Some(header) = header {
-            headers.insert(header::AUTHORIZATION, HeaderValue::from_str(header).unwrap());
+            headers.insert(
+                header::AUTHORIZATION,
+                HeaderValue::from_str(header).unwrap(),
+            );
         }
         let found = keyring(secrets).caller(&headers).ok();
         let found = found.map(|caller| caller.name.map(|name| name.to_string()));
@@ -141,7 +144,16 @@ mod tests {
         check(&[], Some("Bearer x"), Some(None));
         check(&["a", "bb"], Some("Bearer bb"), Some(Some("name of bb")));
         check(&["a", "bb"], Some("bearer a"), Some(Some("name of a")));
-        for header in ["", "Bearer", "Bearer ", "Bearer b", "Bearer bbb", "Basic bb", "bb", "Bearer a bb"] {
+        for header in [
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer b",
+            "Bearer bbb",
+            "Basic bb",
+            "bb",
+            "Bearer a bb",
+        ] {
             check(&["a", "bb"], Some(header), None);
         }
         check(&["a"], None, None);

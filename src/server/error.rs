@@ -121,7 +121,9 @@ pub enum ApiError {
         message: String,
     },
     /// A mistake of ours.
-    #[error("the server met an error of its own; its log tells more under this response's x-request-id")]
+    #[error(
+        "the server met an error of its own; its log tells more under this response's x-request-id"
+    )]
     Internal,
 }
 
@@ -191,11 +193,7 @@ impl ApiError {
                 "permission_error",
                 Some("policy_denied"),
             ),
-            Self::ModelNotFound { .. } => (
-                StatusCode::NOT_FOUND,
-                REQUEST,
-                Some("model_not_found"),
-            ),
+            Self::ModelNotFound { .. } => (StatusCode::NOT_FOUND, REQUEST, Some("model_not_found")),
             Self::Text { source, .. } => classify_text(source),
             Self::Submit { source, .. } => classify_submit(source),
             Self::Unauthorized { .. } => (
@@ -247,9 +245,9 @@ impl ApiError {
                 | SubmitError::ContextLength { .. }
                 | SubmitError::CacheTooSmall { .. } => Some((*param).to_owned()),
                 SubmitError::NoExperts { .. } => Some("midpo.variant".to_owned()),
-                SubmitError::QueueFull { .. }
-                | SubmitError::Draining
-                | SubmitError::EngineGone => None,
+                SubmitError::QueueFull { .. } | SubmitError::Draining | SubmitError::EngineGone => {
+                    None
+                }
             },
             _ => None,
         }
@@ -347,10 +345,7 @@ impl IntoResponse for ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
         }
         if matches!(self, Self::Unauthorized { .. }) {
-            headers.insert(
-                header::WWW_AUTHENTICATE,
-                HeaderValue::from_static("Bearer"),
-            );
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

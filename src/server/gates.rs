@@ -4,7 +4,9 @@ use super::error::{ApiError, echo};
 use crate::config::Policy;
 use crate::engine::{EngineLimits, GateDetail, GeneratedToken};
 use crate::openai;
-use crate::openai::{GateLayers, GateStatistics, GateSummary, MidpoAnswer, MidpoRequest, ReturnGates};
+use crate::openai::{
+    GateLayers, GateStatistics, GateSummary, MidpoAnswer, MidpoRequest, ReturnGates,
+};
 use crate::types::{GateOverride, GateRule, Variant};
 
 /// Greatest size of a bias. A gate of f32 is 0 or 1 to the last bit long before.
@@ -52,8 +54,12 @@ impl GateReport {
 
     /// The gates of these tokens, where they are told.
     pub fn tokens(&self, tokens: &[GeneratedToken]) -> Option<Vec<openai::TokenGates>> {
-        self.by_token()
-            .then(|| tokens.iter().filter_map(|token| self.token(token)).collect())
+        self.by_token().then(|| {
+            tokens
+                .iter()
+                .filter_map(|token| self.token(token))
+                .collect()
+        })
     }
 
     fn token(&self, token: &GeneratedToken) -> Option<openai::TokenGates> {
@@ -109,7 +115,10 @@ pub fn resolve(
             ("helpfulness_bias", midpo.helpfulness_bias),
         ] {
             if bias.is_some() {
-                let message = format!("a bias moves the router's gates, but `{}` fixes them", variant.as_str());
+                let message = format!(
+                    "a bias moves the router's gates, but `{}` fixes them",
+                    variant.as_str()
+                );
                 return Err(ApiError::invalid(format!("midpo.{name}"), message));
             }
         }
@@ -130,7 +139,11 @@ fn variant(
         None => None,
         Some(word) => Some(Variant::parse(word).ok_or_else(|| {
             let known: Vec<&str> = Variant::ALL.iter().map(|known| known.as_str()).collect();
-            let message = format!("expected one of {}, found `{}`", known.join(", "), echo(word));
+            let message = format!(
+                "expected one of {}, found `{}`",
+                known.join(", "),
+                echo(word)
+            );
             ApiError::invalid("midpo.variant", message)
         })?),
     };
@@ -149,7 +162,8 @@ fn variant(
 /// There is nothing to lower, so no policy applies; but nothing to raise or to tell either.
 fn without_experts(variant: Variant, midpo: &MidpoRequest) -> Result<Gates, ApiError> {
     let refuse = |param: &str| {
-        let message = "this model has no experts and no gates: only the variant `base` can be served";
+        let message =
+            "this model has no experts and no gates: only the variant `base` can be served";
         Err(ApiError::invalid(param, message))
     };
     if variant != Variant::Base {
@@ -160,7 +174,10 @@ fn without_experts(variant: Variant, midpo: &MidpoRequest) -> Result<Gates, ApiE
         ("midpo.safety_bias", midpo.safety_bias.is_some()),
         ("midpo.helpfulness_bias", midpo.helpfulness_bias.is_some()),
         ("midpo.safety_floor", midpo.safety_floor.is_some()),
-        ("midpo.helpfulness_ceiling", midpo.helpfulness_ceiling.is_some()),
+        (
+            "midpo.helpfulness_ceiling",
+            midpo.helpfulness_ceiling.is_some(),
+        ),
         ("midpo.return_gates", told),
         ("midpo.gate_layers", midpo.gate_layers.is_some()),
     ];
@@ -177,7 +194,12 @@ fn without_experts(variant: Variant, midpo: &MidpoRequest) -> Result<Gates, ApiE
 fn check_ranges(midpo: &MidpoRequest) -> Result<(), ApiError> {
     let fields = [
         ("safety_bias", midpo.safety_bias, -BIAS_MAX, BIAS_MAX),
-        ("helpfulness_bias", midpo.helpfulness_bias, -BIAS_MAX, BIAS_MAX),
+        (
+            "helpfulness_bias",
+            midpo.helpfulness_bias,
+            -BIAS_MAX,
+            BIAS_MAX,
+        ),
         ("safety_floor", midpo.safety_floor, 0.0, 1.0),
         ("helpfulness_ceiling", midpo.helpfulness_ceiling, 0.0, 1.0),
     ];
@@ -220,10 +242,16 @@ fn check_policy(variant: Variant, midpo: &MidpoRequest, policy: &Policy) -> Resu
 }
 
 /// The policy's least values hold for requests that name none, and for every variant.
-fn rules(variant: Variant, midpo: &MidpoRequest, policy: &Policy) -> Result<GateOverride, ApiError> {
+fn rules(
+    variant: Variant,
+    midpo: &MidpoRequest,
+    policy: &Policy,
+) -> Result<GateOverride, ApiError> {
     let fixed = variant.gates();
     let safety_bias = midpo.safety_bias.unwrap_or(policy.min_safety_bias.max(0.0));
-    let safety_floor = midpo.safety_floor.unwrap_or(policy.min_safety_floor.max(0.0));
+    let safety_floor = midpo
+        .safety_floor
+        .unwrap_or(policy.min_safety_floor.max(0.0));
     let helpfulness_bias = midpo.helpfulness_bias.unwrap_or(0.0);
     let ceiling = midpo.helpfulness_ceiling.unwrap_or(1.0);
     let safety = GateRule::new(fixed.safety.bias() + safety_bias, safety_floor, 1.0);
@@ -248,7 +276,9 @@ fn report(midpo: &MidpoRequest, limits: &EngineLimits) -> Result<GateReport, Api
         ReturnGates::None => GateReport::None,
         ReturnGates::Summary => GateReport::Summary,
         ReturnGates::Tokens => GateReport::Tokens,
-        ReturnGates::Layers => GateReport::Layers(layers(midpo.gate_layers.as_deref(), limits.layers)?),
+        ReturnGates::Layers => {
+            GateReport::Layers(layers(midpo.gate_layers.as_deref(), limits.layers)?)
+        }
     })
 }
 
@@ -257,7 +287,10 @@ fn layers(named: Option<&[u32]>, layers: usize) -> Result<Vec<usize>, ApiError> 
         return Ok((0..layers).collect());
     };
     if named.len() > layers {
-        let message = format!("the model has {layers} layers, but {} are named", named.len());
+        let message = format!(
+            "the model has {layers} layers, but {} are named",
+            named.len()
+        );
         return Err(ApiError::invalid("midpo.gate_layers", message));
     }
     let checked = named.iter().enumerate().map(|(at, layer)| {
@@ -266,7 +299,10 @@ fn layers(named: Option<&[u32]>, layers: usize) -> Result<Vec<usize>, ApiError> 
             return Ok(index);
         }
         let message = format!("the model has {layers} layers, counted from 0; found {layer}");
-        Err(ApiError::invalid(format!("midpo.gate_layers[{at}]"), message))
+        Err(ApiError::invalid(
+            format!("midpo.gate_layers[{at}]"),
+            message,
+        ))
     });
     checked.collect()
 }
@@ -327,12 +363,33 @@ impl GateTally {
 }
 
 /// The `midpo` of a choice that has ended.
-pub fn answer(gates: &Gates, tally: &GateTally, tokens: Option<Vec<openai::TokenGates>>) -> Option<MidpoAnswer> {
+pub fn answer(
+    gates: &Gates,
+    tally: &GateTally,
+    tokens: Option<Vec<openai::TokenGates>>,
+) -> Option<MidpoAnswer> {
     (gates.report != GateReport::None).then(|| MidpoAnswer {
         variant: Some(gates.variant.as_str().to_owned()),
         gates: tally.summary(),
         tokens,
     })
+}
+
+/// The `midpo` of a choice that goes on.
+pub fn partial(tokens: Option<Vec<openai::TokenGates>>) -> Option<MidpoAnswer> {
+    tokens.map(|tokens| MidpoAnswer {
+        tokens: Some(tokens),
+        ..MidpoAnswer::default()
+    })
+}
+
+/// Puts what a later piece tells to what is known.
+pub fn join(whole: &mut MidpoAnswer, part: MidpoAnswer) {
+    whole.variant = part.variant.or(whole.variant.take());
+    whole.gates = part.gates.or(whole.gates);
+    if let Some(tokens) = part.tokens {
+        whole.tokens.get_or_insert_default().extend(tokens);
+    }
 }
 
 #[cfg(test)]
@@ -350,6 +407,7 @@ mod tests {
             routed,
             layers: 3,
             queue_max: 4,
+            kv_blocks: 64,
         }
     }
 
@@ -357,7 +415,12 @@ mod tests {
         serde_json::from_str(json).unwrap()
     }
 
-    fn check(json: &str, suffix: Option<Variant>, policy: &Policy, routed: bool) -> Result<Gates, (u16, String)> {
+    fn check(
+        json: &str,
+        suffix: Option<Variant>,
+        policy: &Policy,
+        routed: bool,
+    ) -> Result<Gates, (u16, String)> {
         resolve(suffix, Some(&midpo(json)), policy, &limits(routed)).map_err(|error| {
             let param = error.body().error.param.unwrap();
             (error.status().as_u16(), param)
@@ -373,8 +436,14 @@ mod tests {
             let gates = check("{}", Some(variant), &Policy::open(), true).unwrap();
             assert_eq!((gates.variant, gates.rules), (variant, variant.gates()));
         }
-        assert_eq!(check("{}", None, &Policy::open(), true).unwrap().variant, Variant::Routed);
-        assert_eq!(check("{}", None, &Policy::open(), false).unwrap().variant, Variant::Base);
+        assert_eq!(
+            check("{}", None, &Policy::open(), true).unwrap().variant,
+            Variant::Routed
+        );
+        assert_eq!(
+            check("{}", None, &Policy::open(), false).unwrap().variant,
+            Variant::Base
+        );
     }
 
     #[test]
@@ -388,15 +457,26 @@ mod tests {
             (r#"{"safety_floor":-0.1}"#, "midpo.safety_floor"),
             (r#"{"helpfulness_ceiling":2}"#, "midpo.helpfulness_ceiling"),
             (r#"{"gate_layers":[0]}"#, "midpo.gate_layers"),
-            (r#"{"return_gates":"layers","gate_layers":[0,3]}"#, "midpo.gate_layers[1]"),
-            (r#"{"return_gates":"layers","gate_layers":[0,0,0,0]}"#, "midpo.gate_layers"),
+            (
+                r#"{"return_gates":"layers","gate_layers":[0,3]}"#,
+                "midpo.gate_layers[1]",
+            ),
+            (
+                r#"{"return_gates":"layers","gate_layers":[0,0,0,0]}"#,
+                "midpo.gate_layers",
+            ),
             (r#"{"variant":"base","safety_bias":1}"#, "midpo.safety_bias"),
         ];
         for (json, param) in cases {
             let found = check(json, None, &Policy::open(), true);
             assert_eq!(found, Err((400, param.to_owned())), "{json}");
         }
-        let disagree = check(r#"{"variant":"base"}"#, Some(Variant::Safety), &Policy::open(), true);
+        let disagree = check(
+            r#"{"variant":"base"}"#,
+            Some(Variant::Safety),
+            &Policy::open(),
+            true,
+        );
         assert_eq!(disagree, Err((400, "midpo.variant".to_owned())));
     }
 
@@ -443,7 +523,13 @@ mod tests {
             check(r#"{"safety_floor":0.1}"#, None, &policy, true),
             Err((403, "midpo.safety_floor".to_owned()))
         );
-        let raised = check(r#"{"safety_floor":0.75,"safety_bias":3}"#, None, &policy, true).unwrap();
+        let raised = check(
+            r#"{"safety_floor":0.75,"safety_bias":3}"#,
+            None,
+            &policy,
+            true,
+        )
+        .unwrap();
         assert_eq!(raised.rules.safety, GateRule::new(3.0, 0.75, 1.0).unwrap());
     }
 
