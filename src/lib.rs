@@ -9,15 +9,47 @@
 //! # Layers
 //! | layer | module | may use |
 //! |--:|---|---|
-//! | 0 | [`types`], [`dtype`], [`openai`], [`metrics`] | dtype, metrics: types |
-//! | 1 | [`config`], [`text`], [`backend`], [`checkpoint`] | types, dtype |
-//! | 2 | [`demo`], [`model`] | checkpoint, backend |
-//! | 3 | [`engine`] | config, metrics, backend, model |
-//! | 4 | [`server`] | openai, config, metrics, text, engine |
-//! | 5 | [`bench`] | openai, config |
-//! | 6 | `cli` | all |
+//! | 0 | [`types`] | |
+//! | 0 | [`dtype`] | types |
+//! | 0 | [`openai`] | types |
+//! | 0 | [`metrics`] | types |
+//! | 1 | [`config`] | types |
+//! | 1 | [`text`] | types |
+//! | 1 | [`backend`] | types dtype |
+//! | 1 | [`checkpoint`] | types dtype |
+//! | 2 | [`demo`] | types checkpoint |
+//! | 2 | [`model`] | types dtype checkpoint backend |
+//! | 3 | [`engine`] | types config metrics backend model |
+//! | 4 | [`server`] | types openai config metrics text engine |
+//! | 5 | [`bench`] | types openai config |
+//! | 6 | [`cli`] | all |
 //!
-//! `tests/it/architecture.rs` reads the `use` lines and holds every module to this table.
+//! # Homes of crates
+//! Types of a crate stay in the modules where it is at home; a crate that is not listed may be used anywhere.
+//!
+//! | crate | home |
+//! |---|---|
+//! | axum, tower, tower_http, subtle, uuid | server |
+//! | utoipa | openai server |
+//! | serde_path_to_error | openai |
+//! | reqwest, indicatif | bench cli |
+//! | tokio, futures_util | engine server bench cli |
+//! | safetensors, zip | checkpoint |
+//! | memmap2 | checkpoint backend |
+//! | sha2 | checkpoint engine |
+//! | tokenizers, minijinja, minijinja_contrib | text |
+//! | jiff | text config |
+//! | clap | config cli |
+//! | figment, strsim | config |
+//! | prometheus | metrics |
+//! | tracing_subscriber | cli |
+//! | half | dtype backend checkpoint |
+//! | candle_core, candle_nn, candle_transformers, proptest | tests |
+//!
+//! # Unsafe
+//! `unsafe` is allowed in `backend/cpu` and `checkpoint/mmap.rs`, and nowhere else.
+//!
+//! `tests/it/architecture.rs` reads the three lists above and holds every module to them.
 //!
 //! # Invariants, mostly of what is absent
 //! * `server` cannot reach `model`, `backend` or `checkpoint`: all it holds is an `EngineHandle`.

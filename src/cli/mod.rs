@@ -3,7 +3,7 @@
 mod error;
 mod health;
 mod logging;
-mod reference;
+pub mod reference;
 mod version;
 
 use std::ffi::OsString;
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{ConfigError, HealthOptions};
+use crate::config::{ConfigError, HealthOptions, without_empty_variables};
 
 pub use error::CliError;
 
@@ -82,7 +82,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, CliError> {
-    let matches = Cli::command()
+    let program = without_empty_variables(Cli::command());
+    let matches = program
         .try_get_matches_from(arguments)
         .map_err(|error| ConfigError::from(Box::new(error)))?;
     let cli =

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, FromArgMatches};
+use clap::{ArgMatches, Args, Command, FromArgMatches};
 use figment::providers::{Format, Serialized, Toml};
 use figment::value::{Dict, Value};
 use figment::{Figment, Provider};
@@ -22,8 +22,6 @@ use super::reference::{Key, keys};
 
 /// Environment variables that begin so belong to this program.
 const PREFIX: &str = "MIDPO_";
-/// Names a configuration file; the only variable that is no key of the file.
-const CONFIG_VARIABLE: &str = "MIDPO_CONFIG";
 /// Variables of the test suite, which a server started by it inherits.
 const TEST_PREFIX: &str = "MIDPO_TEST_";
 /// A name less like a known one than this is not offered as a correction.
@@ -53,14 +51,20 @@ pub struct Sources<'a> {
 }
 
 impl<'a> Sources<'a> {
-    /// `matches` are a subcommand's.
+    /// `matches` are those of a subcommand of `program`.
     /// # Errors
     /// An environment variable `MIDPO_*` or a key of `file` that no subcommand knows; a file that is no TOML.
-    pub fn new(matches: &'a ArgMatches, file: Option<&Path>) -> Result<Self, ConfigError> {
-        let keys = keys();
-        check_environment(std::env::vars_os().map(|(name, _)| name), &keys)?;
+    pub fn new(
+        program: &Command,
+        matches: &'a ArgMatches,
+        file: Option<&Path>,
+    ) -> Result<Self, ConfigError> {
+        check_environment(
+            std::env::vars_os().map(|(name, _)| name),
+            &variables(program),
+        )?;
         if let Some(file) = file {
-            check_file(file, &keys)?;
+            check_file(file, &keys())?;
         }
         let file = file.map(Path::to_owned);
         Ok(Self { matches, file })
@@ -145,15 +149,43 @@ fn to_dict<T: Serialize>(value: &T) -> Dict {
     }
 }
 
+/// `program` without the variables that are set to nothing, as container tools do for what is not given: they count as unset.
+pub fn without_empty_variables(program: Command) -> Command {
+    let program = program.mut_args(|arg| {
+        let empty = arg
+            .get_env()
+            .and_then(std::env::var_os)
+            .is_some_and(|value| value.is_empty());
+        if empty {
+            arg.env(None::<&'static str>)
+        } else {
+            arg
+        }
+    });
+    program.mut_subcommands(without_empty_variables)
+}
+
+/// The environment variables of `program` and its subcommands, and those of every key.
+fn variables(program: &Command) -> Vec<String> {
+    let mut known: Vec<String> = keys().into_iter().map(|key| key.env).collect();
+    let mut commands = vec![program];
+    while let Some(command) = commands.pop() {
+        let variables = command.get_arguments().filter_map(|arg| arg.get_env());
+        known.extend(variables.map(|name| name.to_string_lossy().into_owned()));
+        commands.extend(command.get_subcommands());
+    }
+    known
+}
+
 fn check_environment(
     names: impl Iterator<Item = OsString>,
-    keys: &[Key],
+    known: &[String],
 ) -> Result<(), ConfigError> {
-    let known: Vec<&str> = keys.iter().map(|key| key.env.as_str()).collect();
     for name in names.filter_map(|name| name.into_string().ok()) {
         let ours = name.starts_with(PREFIX) && !name.starts_with(TEST_PREFIX);
-        if ours && name != CONFIG_VARIABLE && !known.contains(&name.as_str()) {
-            return Err(unknown("environment".to_owned(), &name, known.into_iter()));
+        if ours && !known.contains(&name) {
+            let origin = "environment".to_owned();
+            return Err(unknown(origin, &name, known.iter().map(String::as_str)));
         }
     }
     Ok(())
@@ -260,7 +292,6 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
 
     use super::*;
-    use clap::Command;
 
     /// What `serve` reads from `args` and a file with `toml`.
     fn load(args: &[&str], toml: Option<&str>) -> Result<ServeOptions, ConfigError> {
@@ -344,11 +375,11 @@ mod tests {
 
     #[test]
     fn environment_variables_that_nobody_knows_are_refused_with_the_nearest() {
-        let check = |name: &str| check_environment([OsString::from(name)].into_iter(), &keys());
+        let known = variables(&Command::new("midpo"));
+        let check = |name: &str| check_environment([OsString::from(name)].into_iter(), &known);
         for known in [
             "MIDPO_PORT",
             "MIDPO_CHAT_URL",
-            "MIDPO_CONFIG",
             "MIDPO_TEST_GGUF",
             "PATH",
         ] {

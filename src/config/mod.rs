@@ -9,7 +9,7 @@ mod validate;
 mod values;
 
 pub use error::ConfigError;
-pub use load::{Group, Sources};
+pub use load::{Group, Sources, without_empty_variables};
 pub use options::{
     ChatOptions, ConvertOptions, EngineOptions, HealthOptions, LimitOptions, LogOptions,
     ModelOptions, PolicyOptions, ServeOptions, ServerOptions, TalkOptions,
