@@ -2,6 +2,12 @@
 
 mod error;
 mod handle;
+pub mod pool;
+pub mod prefix;
+mod random;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
 
 pub use error::SubmitError;
 pub use handle::{

@@ -1,0 +1,364 @@
+//! Who runs in the next step, which tokens, in which blocks. Owns the sequences and the pool.
+//!
+//! First come, first served: a sequence's id is its place in line for good. Those that run and have one token to compute
+//! (decodes) come first, so that no stream waits behind a prompt; prompts share what is left of the step. When the pool is
+//! full the youngest running sequence is put back in line, and the oldest always advances: every request fits alone.
+//!
+//! Invariant: a sequence is in `running` (sorted), in `waiting`, or follows another, as its `place` says; only running ones
+//! hold blocks.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::pool::BlockPool;
+use super::sequence::{NewSequence, Place, RequestId, Sequence};
+use crate::types::{SeqId, TokenId};
+
+/// Bounds of one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulerLimits {
+    /// Tokens.
+    pub tokens: usize,
+    /// Sequences; at most `tokens` and `logit_rows` are used, so that every running one can decode.
+    pub sequences: usize,
+    /// Tokens whose logits are wanted.
+    pub logit_rows: usize,
+}
+
+/// The rows of one sequence in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedSequence {
+    /// Which.
+    pub id: SeqId,
+    /// Position of the first row.
+    pub start: usize,
+    /// Rows, at least 1.
+    pub rows: usize,
+    /// From this row on logits are wanted; `logit_rows` of them.
+    pub logits_from: usize,
+    /// Rows whose logits are wanted.
+    pub logit_rows: usize,
+    /// Whether the last row's logits choose the next token.
+    pub samples: bool,
+}
+
+/// A sequence that came to run in this step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// Which.
+    pub id: SeqId,
+    /// Tokens found in the prefix cache.
+    pub cached_tokens: usize,
+    /// Whether it looked there.
+    pub looked_up: bool,
+    /// Whether it never ran before.
+    pub first: bool,
+}
+
+/// A step.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What is computed.
+    pub sequences: Vec<PlannedSequence>,
+    /// Who came to run.
+    pub started: Vec<Started>,
+    /// Sequences that were put back in line.
+    pub preempted: usize,
+}
+
+/// What is left of the step.
+struct Budget {
+    tokens: usize,
+    logit_rows: usize,
+}
+
+/// Owns sequences and blocks.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: SchedulerLimits,
+    pool: BlockPool,
+    sequences: HashMap<SeqId, Sequence>,
+    running: Vec<SeqId>,
+    waiting: BTreeSet<SeqId>,
+    followers: HashMap<SeqId, Vec<SeqId>>,
+    next_id: u64,
+}
+
+impl Scheduler {
+    /// No sequences, all blocks free.
+    pub fn new(limits: SchedulerLimits, blocks: usize) -> Self {
+        let sequences = limits.sequences.min(limits.tokens).min(limits.logit_rows);
+        Self {
+            limits: SchedulerLimits {
+                sequences: sequences.max(1),
+                ..limits
+            },
+            pool: BlockPool::new(blocks),
+            sequences: HashMap::new(),
+            running: Vec::new(),
+            waiting: BTreeSet::new(),
+            followers: HashMap::new(),
+            next_id: 0,
+        }
+    }
+
+    /// Puts a sequence in line; behind `lead`, which has the same prompt and root, until that has computed it. The whole
+    /// sequence must fit the pool alone.
+    pub fn add(&mut self, new: NewSequence, lead: Option<SeqId>) -> SeqId {
+        let id = SeqId::new(self.next_id);
+        self.next_id += 1;
+        let lead = lead.filter(|lead| {
+            let lead = self.sequences.get(lead);
+            lead.is_some_and(|lead| !lead.prompt_done())
+        });
+        let place = match lead {
+            Some(lead) => {
+                self.followers.entry(lead).or_default().push(id);
+                Place::Following(lead)
+            }
+            None => {
+                self.waiting.insert(id);
+                Place::Waiting
+            }
+        };
+        self.sequences.insert(id, Sequence::new(new, place));
+        id
+    }
+
+    /// Plans one step. Not empty while there are sequences.
+    pub fn plan(&mut self, plan: &mut Plan) {
+        plan.sequences.clear();
+        plan.started.clear();
+        plan.preempted = 0;
+        let mut budget = Budget {
+            tokens: self.limits.tokens,
+            logit_rows: self.limits.logit_rows,
+        };
+        self.plan_decodes(plan, &mut budget);
+        self.plan_prefills(plan, &mut budget);
+        self.plan_waiting(plan, &mut budget);
+    }
+
+    fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut Budget) {
+        let mut index = 0;
+        while let Some(id) = self.running.get(index).copied() {
+            let decodes = self.get(id).pending() == 1;
+            if decodes && self.provide_block(id, plan) {
+                self.plan_rows(id, plan, budget);
+            }
+            // A sequence that had to go was the last of all.
+            index += 1;
+        }
+    }
+
+    fn plan_prefills(&mut self, plan: &mut Plan, budget: &mut Budget) {
+        for index in 0..self.running.len() {
+            let id = self.running[index];
+            if self.get(id).pending() > 1 {
+                self.plan_rows(id, plan, budget);
+            }
+        }
+    }
+
+    fn plan_waiting(&mut self, plan: &mut Plan, budget: &mut Budget) {
+        while budget.tokens > 0 && self.running.len() < self.limits.sequences {
+            let Some(id) = self.waiting.first().copied() else {
+                return;
+            };
+            // Each running sequence will want a block soon: without room for them the newcomer would be put back at once.
+            let spare = self.running.len();
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                unreachable!("waiting sequences are alive");
+            };
+            let looked_up = sequence.uses_prefix_cache();
+            let Some((cached_tokens, first)) = sequence.start(&mut self.pool, spare) else {
+                return;
+            };
+            self.waiting.remove(&id);
+            let at = self.running.partition_point(|other| *other < id);
+            self.running.insert(at, id);
+            plan.started.push(Started {
+                id,
+                cached_tokens,
+                looked_up,
+                first,
+            });
+            self.plan_rows(id, plan, budget);
+        }
+    }
+
+    /// Makes sure that a decode has a block to write to. False: the sequence itself had to go.
+    fn provide_block(&mut self, id: SeqId, plan: &mut Plan) -> bool {
+        while self.get(id).lacks_block() {
+            if let Some(block) = self.pool.allocate() {
+                self.get_mut(id).add_block(block);
+                continue;
+            }
+            let Some(youngest) = self.running.pop() else {
+                unreachable!("`id` runs");
+            };
+            if let Some(sequence) = self.sequences.get_mut(&youngest) {
+                sequence.stop(&mut self.pool);
+            }
+            self.waiting.insert(youngest);
+            plan.preempted += 1;
+            if youngest == id {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// As many rows of a sequence as the step has room for.
+    fn plan_rows(&self, id: SeqId, plan: &mut Plan, budget: &mut Budget) {
+        let sequence = self.get(id);
+        let start = sequence.computed();
+        let wanted = sequence.wanted_logits();
+        let first = wanted.start.max(start);
+        let end =
+            (start + sequence.pending())
+                .min(start + budget.tokens)
+                .min(if wanted.is_empty() {
+                    usize::MAX
+                } else {
+                    first + budget.logit_rows
+                });
+        if end <= start {
+            return;
+        }
+        let logit_rows = wanted.end.min(end).saturating_sub(first);
+        budget.tokens -= end - start;
+        budget.logit_rows -= logit_rows;
+        plan.sequences.push(PlannedSequence {
+            id,
+            start,
+            rows: end - start,
+            logits_from: first - start,
+            logit_rows,
+            samples: end == sequence.tokens().len() && wanted.end == end,
+        });
+    }
+
+    /// The rows of `planned` are computed. Returns whether this completed its prompt for the first time.
+    pub fn advance(&mut self, planned: &PlannedSequence) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&planned.id) else {
+            return false;
+        };
+        let completed = sequence.advance(planned.rows, &mut self.pool);
+        if completed {
+            self.wake_followers(planned.id);
+        }
+        completed
+    }
+
+    /// A token was sampled for a sequence whose tokens are all computed.
+    pub fn append(&mut self, id: SeqId, token: TokenId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.append(token);
+        }
+    }
+
+    /// Forgets a sequence and gives its blocks back.
+    pub fn finish(&mut self, id: SeqId) {
+        let Some(mut sequence) = self.sequences.remove(&id) else {
+            return;
+        };
+        match sequence.place() {
+            Place::Running => {
+                sequence.stop(&mut self.pool);
+                self.running.retain(|other| *other != id);
+            }
+            Place::Waiting => {
+                self.waiting.remove(&id);
+            }
+            Place::Following(lead) => {
+                if let Some(followers) = self.followers.get_mut(&lead) {
+                    followers.retain(|other| *other != id);
+                }
+            }
+        }
+        self.wake_followers(id);
+    }
+
+    fn wake_followers(&mut self, lead: SeqId) {
+        for id in self.followers.remove(&lead).unwrap_or_default() {
+            self.get_mut(id).place = Place::Waiting;
+            self.waiting.insert(id);
+        }
+    }
+
+    /// A sequence that has not ended.
+    pub fn sequence(&self, id: SeqId) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Sequences that hold blocks.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that do not run.
+    pub fn waiting(&self) -> usize {
+        self.sequences.len() - self.running.len()
+    }
+
+    /// The blocks.
+    pub fn pool(&self) -> &BlockPool {
+        &self.pool
+    }
+
+    fn get(&self, id: SeqId) -> &Sequence {
+        match self.sequences.get(&id) {
+            Some(sequence) => sequence,
+            None => unreachable!("sequence {id} is in a list, so it is alive"),
+        }
+    }
+
+    fn get_mut(&mut self, id: SeqId) -> &mut Sequence {
+        match self.sequences.get_mut(&id) {
+            Some(sequence) => sequence,
+            None => unreachable!("sequence {id} is in a list, so it is alive"),
+        }
+    }
+
+    /// Panics where an invariant of scheduler or pool is broken. For tests.
+    pub fn assert_invariants(&self) {
+        assert!(self.running.is_sorted(), "running is in line");
+        assert!(self.running.len() <= self.limits.sequences);
+        let mut counted = 0;
+        for (id, sequence) in &self.sequences {
+            let running = self.running.contains(id);
+            let waiting = self.waiting.contains(id);
+            let following = self.followers.values().flatten().any(|other| other == id);
+            let place = (running, waiting, following);
+            let want = match sequence.place() {
+                Place::Running => (true, false, false),
+                Place::Waiting => (false, true, false),
+                Place::Following(_) => (false, false, true),
+            };
+            assert_eq!(place, want, "place of sequence {id}");
+            assert!(running || sequence.blocks().is_empty());
+            let room = sequence.blocks().len() * crate::types::BLOCK_TOKENS;
+            assert!(sequence.computed() <= room && sequence.pending() > 0);
+            counted += 1;
+        }
+        let listed = self.running.len() + self.waiting.len();
+        let following: usize = self.followers.values().map(Vec::len).sum();
+        assert_eq!(counted, listed + following, "lists hold the living only");
+        let holds = self
+            .sequences
+            .values()
+            .flat_map(|sequence| sequence.blocks());
+        self.pool.assert_invariants(holds);
+    }
+
+    /// The request and choice of a sequence.
+    pub fn owner(&self, id: SeqId) -> Option<(RequestId, u32)> {
+        let sequence = self.sequences.get(&id)?;
+        Some((sequence.request(), sequence.choice()))
+    }
+}

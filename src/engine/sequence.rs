@@ -1,0 +1,234 @@
+//! One sequence: its tokens, how many of them are computed, and the blocks that hold their K and V.
+//!
+//! Invariant: `computed <= tokens`, the blocks cover at least the computed positions, and the first `published` blocks are full,
+//! computed and named.
+
+use super::pool::BlockPool;
+use super::prefix::BlockHash;
+use crate::types::{BLOCK_TOKENS, BlockId, GateOverride, SeqId, TokenId};
+
+/// A request in the engine, unique for the life of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// What a sequence starts from.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// Whose answer it is.
+    pub request: RequestId,
+    /// Which of the request's answers.
+    pub choice: u32,
+    /// At least 1 token.
+    pub prompt: Vec<TokenId>,
+    /// What the request does to its gates.
+    pub gates: GateOverride,
+    /// Start of its chain of blocks.
+    pub root: BlockHash,
+    /// Whether the last prompt token's logits are wanted: not when no token will be generated.
+    pub samples: bool,
+    /// Whether the logits of all prompt tokens but the last are wanted.
+    pub prompt_logits: bool,
+}
+
+/// Where a sequence is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Until this sequence, which has the same prompt, has computed it.
+    Following(SeqId),
+    /// For blocks and a place in the batch.
+    Waiting,
+    /// Holds blocks for all its tokens.
+    Running,
+}
+
+/// A sequence that has not ended.
+#[derive(Debug)]
+pub struct Sequence {
+    request: RequestId,
+    choice: u32,
+    gates: GateOverride,
+    samples: bool,
+    tokens: Vec<TokenId>,
+    prompt_tokens: usize,
+    /// Positions before this one whose logits were wanted have been delivered; `prompt_tokens - 1` where none were wanted.
+    delivered: usize,
+    computed: usize,
+    prompt_done: bool,
+    started: bool,
+    blocks: Vec<BlockId>,
+    published: usize,
+    root: BlockHash,
+    /// Names of the first full blocks of `tokens`, as far as anyone has asked.
+    names: Vec<BlockHash>,
+    pub(super) place: Place,
+}
+
+impl Sequence {
+    pub(super) fn new(new: NewSequence, place: Place) -> Self {
+        let prompt_tokens = new.prompt.len();
+        let last = prompt_tokens.saturating_sub(1);
+        Self {
+            request: new.request,
+            choice: new.choice,
+            gates: new.gates,
+            samples: new.samples,
+            tokens: new.prompt,
+            prompt_tokens,
+            delivered: if new.prompt_logits { 0 } else { last },
+            computed: 0,
+            prompt_done: false,
+            started: false,
+            blocks: Vec::new(),
+            published: 0,
+            root: new.root,
+            names: Vec::new(),
+            place,
+        }
+    }
+
+    /// Whose answer it is.
+    pub fn request(&self) -> RequestId {
+        self.request
+    }
+
+    /// Which of the request's answers.
+    pub fn choice(&self) -> u32 {
+        self.choice
+    }
+
+    /// What the request does to its gates.
+    pub fn gates(&self) -> GateOverride {
+        self.gates
+    }
+
+    /// Prompt and answer so far.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Length of the prompt.
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    /// Tokens of the answer so far.
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
+    }
+
+    /// Tokens whose K and V are in the blocks.
+    pub fn computed(&self) -> usize {
+        self.computed
+    }
+
+    /// Tokens whose K and V are not.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Whether the whole prompt has been computed once, and all its logits that were wanted delivered.
+    pub fn prompt_done(&self) -> bool {
+        self.prompt_done
+    }
+
+    /// Blocks of positions from 0, in order.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    /// Positions whose logits are wanted still: the prompt's, where asked for, and the last token's.
+    pub(super) fn wanted_logits(&self) -> std::ops::Range<usize> {
+        let last = self.tokens.len() - 1;
+        let start = if self.prompt_done {
+            last
+        } else {
+            self.delivered
+        };
+        start..last + usize::from(self.samples)
+    }
+
+    /// Whether blocks of earlier requests may stand in for some of its prompt.
+    pub(super) fn uses_prefix_cache(&self) -> bool {
+        self.prompt_done || self.delivered + 1 == self.prompt_tokens
+    }
+
+    /// Takes blocks for all tokens, or none. Returns the tokens that need not be computed, and whether this was the first time.
+    pub(super) fn start(&mut self, pool: &mut BlockPool, spare: usize) -> Option<(usize, bool)> {
+        // The last token is computed in any case: its logits are wanted. Neither may a position be skipped whose logits are
+        // still to be delivered.
+        let skippable = self.wanted_logits().start / BLOCK_TOKENS;
+        self.name_blocks(skippable);
+        let names = self.names.iter().take(skippable).copied();
+        let total = self.tokens.len().div_ceil(BLOCK_TOKENS);
+        let (blocks, known) = pool.admit(names, total, spare)?;
+        self.blocks = blocks;
+        self.published = known;
+        self.computed = known * BLOCK_TOKENS;
+        self.place = Place::Running;
+        Some((self.computed, !std::mem::replace(&mut self.started, true)))
+    }
+
+    /// Whether the next decode step needs one more block.
+    pub(super) fn lacks_block(&self) -> bool {
+        self.tokens.len() > self.blocks.len() * BLOCK_TOKENS
+    }
+
+    pub(super) fn add_block(&mut self, block: BlockId) {
+        self.blocks.push(block);
+    }
+
+    /// Gives all blocks back; everything will be computed again, but for what is found in the cache.
+    pub(super) fn stop(&mut self, pool: &mut BlockPool) {
+        pool.release(&self.blocks);
+        self.blocks.clear();
+        self.published = 0;
+        self.computed = 0;
+        self.place = Place::Waiting;
+    }
+
+    /// K and V of `rows` more tokens are in the blocks. Names the blocks that became full. Returns whether this completed the
+    /// prompt for the first time.
+    pub(super) fn advance(&mut self, rows: usize, pool: &mut BlockPool) -> bool {
+        self.computed += rows;
+        assert!(
+            self.computed <= self.tokens.len(),
+            "only tokens can be computed"
+        );
+        let full = self.computed / BLOCK_TOKENS;
+        self.name_blocks(full);
+        while self.published < full {
+            pool.publish(self.blocks[self.published], self.names[self.published]);
+            self.published += 1;
+        }
+        if self.prompt_done {
+            return false;
+        }
+        let last = self.prompt_tokens - 1;
+        self.delivered = self.delivered.max(self.computed.min(last));
+        self.prompt_done = self.computed >= self.prompt_tokens;
+        self.prompt_done
+    }
+
+    /// A token was sampled.
+    pub(super) fn append(&mut self, token: TokenId) {
+        self.tokens.push(token);
+    }
+
+    /// Names the first `count` blocks of tokens, which must be full.
+    fn name_blocks(&mut self, count: usize) {
+        let named = self.names.len();
+        if named >= count {
+            return;
+        }
+        let (blocks, _) = self.tokens.as_chunks::<BLOCK_TOKENS>();
+        for block in &blocks[named..count] {
+            let before = self.names.last().unwrap_or(&self.root);
+            self.names.push(before.next(block));
+        }
+    }
+}
