@@ -122,6 +122,17 @@ pub(super) struct Admission {
     pub ticket: QueueTicket,
 }
 
+impl Admission {
+    /// Ends every choice of a request that never came in.
+    pub(super) fn refuse(&self, message: &str) {
+        for choice in 0..self.submission.choices {
+            let message = message.to_owned();
+            // Closed: the client has left already.
+            let _ = self.events.try_send(Event::Failed { choice, message });
+        }
+    }
+}
+
 /// One place in the queue, from submission until the request's first step or its end.
 pub(super) struct QueueTicket(Arc<EngineShared>);
 
@@ -262,8 +273,8 @@ impl EngineHandle {
                 limit: self.shared.limits.queue_max,
             }),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(match self.state() {
-                EngineState::Dead => SubmitError::EngineGone,
-                _ => SubmitError::Draining,
+                EngineState::Draining | EngineState::Stopped => SubmitError::Draining,
+                EngineState::Running | EngineState::Dead => SubmitError::EngineGone,
             }),
         }
     }
@@ -425,10 +436,8 @@ impl EngineInbox {
         }
     }
 
-    /// Ends the engine's life: every handle sees `state`, and what was still queued is returned, to be refused.
-    pub(super) fn end(&mut self, state: EngineState) -> Vec<Box<Admission>> {
-        self.shared.advance_state(state);
-        self.set_busy(false);
+    /// Takes no more requests; returns those that were still queued.
+    pub(super) fn close(&mut self) -> Vec<Box<Admission>> {
         self.commands.close();
         let mut left = Vec::new();
         while let Ok(command) = self.commands.try_recv() {
@@ -439,8 +448,14 @@ impl EngineInbox {
         left
     }
 
+    /// Ends the engine's life, for all who wait for it.
+    pub(super) fn end(&mut self, state: EngineState) {
+        self.set_busy(false);
+        self.shared.advance_state(state);
+    }
+
     /// Whether the engine was asked to finish.
-    pub(super) fn draining(&self) -> bool {
+    fn draining(&self) -> bool {
         *self.shared.state.borrow() != EngineState::Running
     }
 

@@ -53,7 +53,7 @@ pub struct RoutedLlama<B: Backend> {
     activations: Activations<B>,
     config: LlamaConfig,
     kv_shape: KvShape,
-    positions: usize,
+    limits: StepLimits,
     routed: bool,
     fingerprint: String,
 }
@@ -97,7 +97,7 @@ impl<B: Backend> RoutedLlama<B> {
             activations: Activations::new(&backend, &config, &options, width)?,
             weights,
             kv_shape,
-            positions: options.positions,
+            limits,
             routed: checkpoint.experts.is_some(),
             fingerprint: checkpoint.fingerprint.clone(),
             config,
@@ -182,7 +182,12 @@ impl<B: Backend> RoutedLlama<B> {
 
     /// Context served.
     pub fn positions(&self) -> usize {
-        self.positions
+        self.limits.positions
+    }
+
+    /// The largest step.
+    pub fn limits(&self) -> StepLimits {
+        self.limits
     }
 
     /// Ends of sequence.
