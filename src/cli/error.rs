@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use super::bench::BenchCommandError;
+use crate::bench::BenchError;
 use crate::config::ConfigError;
 
 /// Why a subcommand failed.
@@ -19,6 +21,9 @@ pub enum CliError {
         #[source]
         source: std::io::Error,
     },
+    /// A bench.
+    #[error(transparent)]
+    Bench(#[from] BenchCommandError),
     /// Another server.
     #[error("{url}: {reason}")]
     Remote {
@@ -33,7 +38,10 @@ impl CliError {
     /// 2 for what the user wrote, 1 for what happened later.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) => ExitCode::from(2),
+            Self::Config(_)
+            | Self::Bench(BenchCommandError::Bench(
+                BenchError::Flag { .. } | BenchError::Url { .. },
+            )) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand. It builds the objects and joins them; what they do is theirs.
 
+mod bench;
 mod error;
 mod health;
 mod logging;
@@ -24,6 +25,7 @@ Examples:
   midpo serve --model model.gguf --port 0              a plain Llama, on a port that the system chooses
   midpo chat                                           talk to the embedded demo in the terminal
   midpo convert --model BASE --safety S --helpfulness H --router router.pth --output packed
+  midpo bench --concurrency 1,8,32 --svg sweep.svg     load on a running server, as a table and a picture
   midpo reference toml > midpo.toml                    every setting with its default
 
 Every flag is also a key of a TOML file (--config FILE) and an environment variable MIDPO_*.
@@ -42,6 +44,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure a server under load.
+    ///
+    /// Any server that speaks OpenAI's API. Prints a table in Markdown; writes JSON and SVG where asked.
+    Bench(Box<bench::BenchArgs>),
     /// Ask a running server whether it is ready.
     ///
     /// Exits 0 when it is, 1 when it is not: the health check of a container that has no curl.
@@ -91,6 +97,10 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
     let _arguments_of_subcommand: Option<&ArgMatches> =
         matches.subcommand().map(|(_, matches)| matches);
     match cli.command {
+        Command::Bench(args) => {
+            bench::run(&args)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Health(options) => health::run(&options),
         Command::Reference(options) => reference::run(&options),
         Command::Version => version::run(),

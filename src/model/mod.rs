@@ -205,6 +205,11 @@ impl<B: Backend> RoutedLlama<B> {
         self.weights.bytes()
     }
 
+    /// Bytes of the weights that every decode step reads, whatever its batch: the floor of its time.
+    pub fn step_weight_bytes(&self) -> usize {
+        self.weights.step_bytes()
+    }
+
     /// Identity of the weights: keys caches.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

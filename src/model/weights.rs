@@ -83,13 +83,19 @@ impl<B: Backend> Weights<B> {
     }
 
     pub(super) fn bytes(&self) -> usize {
+        let untied = self.head.as_ref().map_or(0, |_| self.embed.bytes());
+        self.step_bytes() + untied
+    }
+
+    /// What a decode step reads: all but an embedding that is not the head, of which it reads a row a sequence.
+    pub(super) fn step_bytes(&self) -> usize {
         let layer = |layer: &LayerWeights<B>| {
             let experts = layer.experts.as_ref().map_or(0, |(e, _)| e.bytes());
             let base = [&layer.qkv, &layer.output, &layer.gate_up, &layer.down];
             experts + base.into_iter().map(Matrix::bytes).sum::<usize>()
         };
-        let head = self.head.as_ref().map_or(0, Matrix::bytes);
-        self.embed.bytes() + head + self.layers.iter().map(layer).sum::<usize>()
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        head.bytes() + self.layers.iter().map(layer).sum::<usize>()
     }
 }
 

@@ -1,6 +1,7 @@
 //! One test binary: each file in `tests/` would link the crate again.
 
 mod architecture;
+mod bench;
 mod checkpoint;
 mod cli;
 mod docs;
