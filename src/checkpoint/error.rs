@@ -1,6 +1,6 @@
 //! What is wrong with a file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Names the file, the key or tensor, what was expected and what came.
 #[derive(Debug, thiserror::Error)]
@@ -66,4 +66,57 @@ pub enum CheckpointError {
         /// What was expected and what came.
         reason: String,
     },
+    /// Of both experts and the router only some are given: they work together or not at all.
+    #[error("expected both experts and the router, or none of them: {given} is given, {missing} is not")]
+    PartialExperts {
+        /// What is given.
+        given: &'static str,
+        /// What is not.
+        missing: &'static str,
+    },
+    /// A part of a packed checkpoint is not the one that was packed.
+    #[error("{}: expected SHA-256 {expected}, found {found}", file.display())]
+    Hash {
+        /// Which file.
+        file: PathBuf,
+        /// What `midpo.json` says.
+        expected: String,
+        /// What the file has.
+        found: String,
+    },
+    /// `midpo convert` would write over something.
+    #[error("{}: exists already{hint}", directory.display())]
+    Exists {
+        /// Where it should go.
+        directory: PathBuf,
+        /// What to do about it, or empty.
+        hint: &'static str,
+    },
+}
+
+impl CheckpointError {
+    /// [`CheckpointError::Io`].
+    pub(crate) fn io(file: &Path, source: std::io::Error) -> Self {
+        Self::Io {
+            file: file.to_path_buf(),
+            source,
+        }
+    }
+
+    /// [`CheckpointError::Malformed`].
+    pub(crate) fn malformed(file: &Path, reason: impl Into<String>) -> Self {
+        Self::Malformed {
+            file: file.to_path_buf(),
+            reason: reason.into(),
+        }
+    }
+
+    /// [`CheckpointError::Tensor`].
+    pub(crate) fn tensor(file: &Path, name: &str, reason: impl Into<String>) -> Self {
+        Self::Tensor {
+            file: file.to_path_buf(),
+            name: name.to_owned(),
+            reason: reason.into(),
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Named host tensors: a shape, a format, and bytes that are either mapped from a file or owned.
+//! Named host tensors: a shape, a format, and bytes that are mapped from a file, in the binary, or owned.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ pub struct HostTensor {
 pub enum TensorBytes {
     /// A range of a mapped file.
     Mapped(Arc<Mmap>, Range<usize>),
+    /// Bytes of the binary itself.
+    Static(&'static [u8]),
     /// Made here: permuted, converted or read from an archive.
     Owned(Arc<[u8]>),
 }
@@ -59,6 +61,7 @@ impl HostTensor {
     pub fn bytes(&self) -> &[u8] {
         match &self.bytes {
             TensorBytes::Mapped(map, range) => map.get(range.clone()).unwrap_or_default(),
+            TensorBytes::Static(bytes) => bytes,
             TensorBytes::Owned(bytes) => bytes,
         }
     }

@@ -1,0 +1,276 @@
+//! The tensors of one file by name, each taken once with the shape that its user expects, so that at the end what nobody took is
+//! known. A safetensors file or a `router.pth` becomes one.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use ::safetensors::Dtype;
+use ::safetensors::tensor::{Metadata, TensorInfo};
+
+use super::limits::HEADER_BYTES_MAX;
+use super::source::FileBytes;
+use super::tensor::{HostTensor, TensorBytes};
+use super::{CheckpointError, parallel};
+use crate::dtype::DType;
+
+/// Bytes that one thread scans for NaN at a time.
+const SCAN_BYTES: usize = 8 << 20;
+
+/// A file's tensors that have not been taken yet.
+#[derive(Debug)]
+pub(crate) struct TensorFile {
+    file: PathBuf,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Usable(HostTensor),
+    /// In a format that no weight of ours has.
+    Foreign(Dtype),
+}
+
+/// A tensor, and where it came from for messages.
+#[derive(Clone, Debug)]
+pub(crate) struct NamedTensor {
+    /// Which file.
+    pub(crate) file: PathBuf,
+    /// Its name there.
+    pub(crate) name: String,
+    /// Its content.
+    pub(crate) tensor: HostTensor,
+}
+
+impl TensorFile {
+    /// Reads the header of a safetensors file; tensors stay where they are.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Malformed`] when the header does not fit the file, is not JSON, or its offsets leave gaps, overlap, or
+    /// disagree with a shape.
+    pub(crate) fn safetensors(file: &Path, bytes: &FileBytes) -> Result<Self, CheckpointError> {
+        let malformed = |reason: String| CheckpointError::malformed(file, reason);
+        let content = bytes.as_slice();
+        let (length, rest) = content.split_first_chunk::<8>().ok_or_else(|| {
+            malformed(format!(
+                "expected a header of 8 bytes or more, found {}",
+                content.len()
+            ))
+        })?;
+        let length = u64::from_le_bytes(*length);
+        let header = usize::try_from(length)
+            .ok()
+            .filter(|_| length <= HEADER_BYTES_MAX)
+            .and_then(|length| rest.get(..length))
+            .ok_or_else(|| {
+                malformed(format!(
+                    "expected a header within the file and of at most {HEADER_BYTES_MAX} bytes, found one of {length} bytes in a \
+                     file of {}",
+                    content.len()
+                ))
+            })?;
+        // Not `SafeTensors::read_metadata`: its sum of sizes may overflow. Parsing the header checks order, gaps and sizes.
+        let metadata: Metadata = serde_json::from_slice(header)
+            .map_err(|error| malformed(format!("expected a safetensors header: {error}")))?;
+        let data_start = 8 + header.len();
+        let data_len = content.len() - data_start;
+        if metadata.data_len() != data_len {
+            return Err(malformed(format!(
+                "expected {} bytes of tensors, as the header says, found {data_len}",
+                metadata.data_len()
+            )));
+        }
+        let tensors = metadata
+            .tensors()
+            .into_iter()
+            .map(|(name, info)| {
+                let entry = entry(bytes, data_start, info)
+                    .ok_or_else(|| CheckpointError::tensor(file, &name, "expected bytes as its shape says"))?;
+                Ok((name, entry))
+            })
+            .collect::<Result<_, CheckpointError>>()?;
+        Ok(Self {
+            file: file.to_path_buf(),
+            tensors,
+        })
+    }
+
+    /// Tensors that were read some other way.
+    pub(crate) fn from_tensors(file: &Path, tensors: BTreeMap<String, HostTensor>) -> Self {
+        Self {
+            file: file.to_path_buf(),
+            tensors: tensors
+                .into_iter()
+                .map(|(name, tensor)| (name, Entry::Usable(tensor)))
+                .collect(),
+        }
+    }
+
+    /// The file.
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Names of what has not been taken.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether `name` is there and has not been taken.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The shape of a tensor of a usable format.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        match self.tensors.get(name)? {
+            Entry::Usable(tensor) => Some(tensor.shape()),
+            Entry::Foreign(_) => None,
+        }
+    }
+
+    /// Takes a tensor of one of our formats, whatever its shape; `expected` says which it should have had.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MissingTensor`], or [`CheckpointError::Tensor`] for a foreign format.
+    pub(crate) fn take_any(
+        &mut self,
+        name: &str,
+        expected: &str,
+    ) -> Result<NamedTensor, CheckpointError> {
+        match self.tensors.remove(name) {
+            Some(Entry::Usable(tensor)) => Ok(NamedTensor {
+                file: self.file.clone(),
+                name: name.to_owned(),
+                tensor,
+            }),
+            Some(Entry::Foreign(dtype)) => {
+                let reason = format!("expected F32, F16 or BF16, found {dtype}");
+                Err(CheckpointError::tensor(&self.file, name, reason))
+            }
+            None => Err(CheckpointError::MissingTensor {
+                file: self.file.clone(),
+                name: name.to_owned(),
+                expected: expected.to_owned(),
+            }),
+        }
+    }
+
+    /// Takes a tensor of this shape; `context` tells, where it is missing, who says that it should be there.
+    ///
+    /// # Errors
+    /// As [`TensorFile::take_any`], and [`CheckpointError::Shape`].
+    pub(crate) fn take(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        context: &str,
+    ) -> Result<NamedTensor, CheckpointError> {
+        let found = self.take_any(name, &format!("shape {shape:?}{context}"))?;
+        if found.tensor.shape() != shape {
+            return Err(CheckpointError::Shape {
+                file: self.file.clone(),
+                name: name.to_owned(),
+                expected: shape.to_vec(),
+                found: found.tensor.shape().to_vec(),
+            });
+        }
+        Ok(found)
+    }
+
+    /// Ends the taking: whatever is left is something that the file's user would silently not compute.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Tensor`] names the first tensor left for which `harmless` does not hold.
+    pub(crate) fn finish(
+        self,
+        owner: &str,
+        harmless: impl Fn(&str) -> bool,
+    ) -> Result<(), CheckpointError> {
+        match self.names().find(|name| !harmless(name)) {
+            None => Ok(()),
+            Some(name) => {
+                let reason = format!("expected no such tensor: {owner} has no use for it");
+                Err(CheckpointError::tensor(&self.file, name, reason))
+            }
+        }
+    }
+}
+
+fn entry(bytes: &FileBytes, data_start: usize, info: &TensorInfo) -> Option<Entry> {
+    let dtype = match info.dtype {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        other => return Some(Entry::Foreign(other)),
+    };
+    let start = data_start.checked_add(info.data_offsets.0)?;
+    let end = data_start.checked_add(info.data_offsets.1)?;
+    let bytes = bytes.part(start..end)?;
+    HostTensor::new(info.shape.clone(), dtype, bytes).map(Entry::Usable)
+}
+
+/// Checks on all cores that every number of every tensor is finite; brings mapped files into memory on the way.
+///
+/// # Errors
+/// [`CheckpointError::Tensor`] names the first tensor with a NaN or an infinity.
+pub(crate) fn check_finite<'a>(
+    tensors: impl IntoIterator<Item = &'a NamedTensor>,
+) -> Result<(), CheckpointError> {
+    let mut scans = Vec::new();
+    for named in tensors {
+        let dtype = named.tensor.dtype();
+        let whole_blocks = (SCAN_BYTES / dtype.block_bytes()).max(1) * dtype.block_bytes();
+        for (index, bytes) in named.tensor.bytes().chunks(whole_blocks).enumerate() {
+            let elements_before = index * (whole_blocks / dtype.block_bytes()) * dtype.block_len();
+            scans.push((named, elements_before, bytes));
+        }
+    }
+    parallel::map(scans.len(), |index| {
+        let Some((named, elements_before, bytes)) = scans.get(index) else {
+            return Ok(());
+        };
+        match named.tensor.dtype().first_non_finite(bytes) {
+            None => Ok(()),
+            Some(at) => {
+                let reason = format!(
+                    "expected finite numbers, found NaN or infinity at element {}",
+                    elements_before + at
+                );
+                Err(CheckpointError::tensor(&named.file, &named.name, reason))
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// A safetensors file of f32 tensors: name, shape, values.
+///
+/// # Errors
+/// [`CheckpointError::Malformed`] with `file`, which only stands for the bytes, when a shape does not fit its values.
+pub(crate) fn write_safetensors(
+    file: &Path,
+    tensors: &[(String, Vec<usize>, &[f32])],
+) -> Result<Vec<u8>, CheckpointError> {
+    let malformed =
+        |error: ::safetensors::SafeTensorError| CheckpointError::malformed(file, error.to_string());
+    let bytes: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        .collect();
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape, _), bytes)| {
+            let view =
+                ::safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), bytes)?;
+            Ok((name.as_str(), view))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(malformed)?;
+    ::safetensors::serialize(views, None).map_err(malformed)
+}
+
+/// Bytes that were made here.
+pub(crate) fn owned(bytes: Vec<u8>) -> TensorBytes {
+    TensorBytes::Owned(bytes.into())
+}
