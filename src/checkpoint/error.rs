@@ -67,7 +67,9 @@ pub enum CheckpointError {
         reason: String,
     },
     /// Of both experts and the router only some are given: they work together or not at all.
-    #[error("expected both experts and the router, or none of them: {given} is given, {missing} is not")]
+    #[error(
+        "expected both experts and the router, or none of them: {given} is given, {missing} is not"
+    )]
     PartialExperts {
         /// What is given.
         given: &'static str,

@@ -26,14 +26,23 @@ pub(crate) struct GateLayers {
 pub(crate) fn fold_gate(layers: &GateLayers) -> Result<FoldedGate, CheckpointError> {
     // f64, though f32 errs by 2e-6 only: it runs once a load, and parity tests then need no slack for it.
     let w2 = layers.w2.tensor.to_f32();
-    let row = times(&w2.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(), &layers.w1);
+    let row = times(
+        &w2.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
+        &layers.w1,
+    );
     let weight = times(&row, &layers.w0);
     let bias = dot(&row, &layers.b0.tensor.to_f32())
         + dot(
             &w2.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
             &layers.b1.tensor.to_f32(),
         )
-        + layers.b2.tensor.to_f32().iter().map(|x| f64::from(*x)).sum::<f64>();
+        + layers
+            .b2
+            .tensor
+            .to_f32()
+            .iter()
+            .map(|x| f64::from(*x))
+            .sum::<f64>();
     let gate = FoldedGate {
         weight: weight.into_iter().map(|x| x as f32).collect(),
         bias: bias as f32,

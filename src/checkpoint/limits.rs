@@ -12,7 +12,7 @@ pub(crate) const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 /// Header of a safetensors file.
 pub(crate) const HEADER_BYTES_MAX: u64 = 16 << 20;
 /// `data.pkl` of a `router.pth`: a real one has 40 KB.
-pub(crate) const PICKLE_BYTES_MAX: u64 = 4 << 20;
+pub(crate) const PICKLE_BYTES_MAX: u64 = 2 << 20;
 /// Records of a `router.pth`.
 pub(crate) const RECORDS_MAX: usize = 1 << 16;
 /// Tensors of a `router.pth`.

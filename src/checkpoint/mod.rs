@@ -1,14 +1,79 @@
 //! Checkpoints: whatever files a model comes in, checked, as named host tensors. Trusts no file: a bad one is an error that
 //! names file, key or tensor, what was expected and what came.
 
+//!
+//! [`load`] is the one door; [`load_embedded`] is the same door for files inside the binary, and [`pack`] writes a directory that
+//! is loaded alone. Beneath: `hf`, `gguf` (the base), `peft` (an expert), `router` with `pth`, `pickle` and `fold`, `text_parts`
+//! (tokenizer and template); `source` knows where files are, `limits` what they may claim.
+
 mod config;
 mod error;
+mod fingerprint;
+mod fold;
+mod hf;
+mod json;
+mod limits;
+mod manifest;
+mod mmap;
+mod pack;
+mod parallel;
+mod peft;
+mod pickle;
+mod pth;
+mod router;
+mod source;
 mod tensor;
+mod tensor_file;
+mod text_parts;
+
+use std::path::{Path, PathBuf};
 
 pub use config::{GenerationDefaults, LlamaConfig, RopeScaling};
 pub use error::CheckpointError;
+pub use pack::{Overwrite, pack};
+pub use source::EmbeddedFiles;
 pub use tensor::{HostTensor, TensorBytes};
 
+use manifest::Manifest;
+use source::Source;
+
+/// Where a checkpoint's parts are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// A Hugging Face directory, a directory that [`pack`] wrote, or a GGUF file.
+    pub model: PathBuf,
+    /// PEFT directory of the safety expert. Both experts and the router are given, or none of them.
+    pub safety: Option<PathBuf>,
+    /// PEFT directory of the helpfulness expert.
+    pub helpfulness: Option<PathBuf>,
+    /// `router.pth`, `router.safetensors`, `router_folded.safetensors`, or a directory with one of them.
+    pub router: Option<PathBuf>,
+    /// How much of a packed directory is compared with its hashes.
+    pub verify: Verify,
+}
+
+/// How much of a packed directory is compared with the hashes of its `midpo.json`. Sizes always are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// All but the base's weights, which are many gigabytes: hashing them at every start would double its time.
+    #[default]
+    Small,
+    /// Everything.
+    All,
+}
+
+impl Sources {
+    /// A plain model, or a packed directory.
+    pub fn model(model: impl Into<PathBuf>) -> Self {
+        Self {
+            model: model.into(),
+            safety: None,
+            helpfulness: None,
+            router: None,
+            verify: Verify::default(),
+        }
+    }
+}
 /// Everything that serving needs of a model, whichever files it came from.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
@@ -22,7 +87,10 @@ pub struct Checkpoint {
     pub text: TextParts,
     /// `generation_config.json`.
     pub generation: GenerationDefaults,
-    /// SHA-256 over what the weights are (names, sizes, and a sample of each file), hex: keys caches, shown at `/version`.
+    /// SHA-256, hex, over what the weights are: keys caches, shown at `/version`. Equal weights in another place or container
+    /// may differ. Hashed are the configuration; of every file of the base its name, its size and, up to 1 MiB, all of it, else its
+    /// first MiB (where its header is), its last page, and 64 pages of 4 KiB spread evenly; and every number of experts and folded
+    /// router. A base changed only between the sampled pages is not noticed: [`Verify::All`] is for that.
     pub fingerprint: String,
 }
 
@@ -124,4 +192,230 @@ pub struct FoldedGate {
     pub weight: Vec<f32>,
     /// a0.
     pub bias: f32,
+}
+
+/// What loading found: the checkpoint, and the files that it came from.
+struct Loaded {
+    checkpoint: Checkpoint,
+    base: BaseFiles,
+    experts: Option<ExpertFiles>,
+}
+
+/// The files of a base, relative to their source.
+struct BaseFiles {
+    source: Source,
+    kind: BaseKind,
+    weights: Vec<String>,
+}
+
+/// What a base comes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BaseKind {
+    HuggingFace,
+    Gguf,
+}
+
+/// The files of experts and router.
+#[derive(Clone)]
+struct ExpertFiles {
+    safety: Source,
+    helpfulness: Source,
+    router: Source,
+    router_name: String,
+}
+
+/// Loads a checkpoint: every file that it needs, every number checked.
+///
+/// # Errors
+/// Any [`CheckpointError`]: names the file, the key or tensor, what was expected and what came.
+pub fn load(sources: &Sources) -> Result<Checkpoint, CheckpointError> {
+    load_all(sources).map(|loaded| loaded.checkpoint)
+}
+
+/// Loads a checkpoint from files in the binary, laid out as [`pack`] writes them; `midpo.json` may be left out, and the router
+/// unfolded. There are experts where there is `safety/adapter_config.json`. `name` stands for the directory in messages.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_embedded(name: &str, files: EmbeddedFiles) -> Result<Checkpoint, CheckpointError> {
+    let source = Source::embedded(name, files);
+    if source.exists(manifest::FILE) {
+        return load_packed(&source, Verify::All).map(|loaded| loaded.checkpoint);
+    }
+    let has_experts = source.inside(SAFETY).exists(peft::CONFIG);
+    let experts = has_experts
+        .then(|| ExpertFiles::inside(&source))
+        .transpose()?;
+    load_directory(source, experts).map(|loaded| loaded.checkpoint)
+}
+
+/// Directory of the safety expert in a packed checkpoint.
+const SAFETY: &str = "safety";
+/// Directory of the helpfulness expert in a packed checkpoint.
+const HELPFULNESS: &str = "helpfulness";
+
+impl ExpertFiles {
+    /// Those of a packed or embedded checkpoint.
+    fn inside(source: &Source) -> Result<Self, CheckpointError> {
+        Ok(Self {
+            safety: source.inside(SAFETY),
+            helpfulness: source.inside(HELPFULNESS),
+            router: source.clone(),
+            router_name: router::find(source)?.to_owned(),
+        })
+    }
+
+    /// Those that the user names; all or none.
+    fn named(sources: &Sources) -> Result<Option<Self>, CheckpointError> {
+        let parts = [
+            ("the safety expert", &sources.safety),
+            ("the helpfulness expert", &sources.helpfulness),
+            ("the router", &sources.router),
+        ];
+        let given = parts.iter().find(|(_, path)| path.is_some());
+        let missing = parts.iter().find(|(_, path)| path.is_none());
+        if let (Some((given, _)), Some((missing, _))) = (given, missing) {
+            return Err(CheckpointError::PartialExperts { given, missing });
+        }
+        let (Some(safety), Some(helpfulness), Some(router)) =
+            (&sources.safety, &sources.helpfulness, &sources.router)
+        else {
+            return Ok(None);
+        };
+        let (router, router_name) = if router.is_dir() {
+            let source = Source::directory(router);
+            let name = router::find(&source)?.to_owned();
+            (source, name)
+        } else {
+            parent_and_name(router)?
+        };
+        Ok(Some(Self {
+            safety: Source::directory(safety),
+            helpfulness: Source::directory(helpfulness),
+            router,
+            router_name,
+        }))
+    }
+
+    fn load(&self, base: &LlamaConfig) -> Result<Experts, CheckpointError> {
+        Ok(Experts {
+            safety: peft::load(&self.safety, base)?,
+            helpfulness: peft::load(&self.helpfulness, base)?,
+            router: router::load(&self.router, &self.router_name, base)?,
+        })
+    }
+}
+
+/// A file as its directory and its name there.
+fn parent_and_name(file: &Path) -> Result<(Source, String), CheckpointError> {
+    let name = file.file_name().and_then(|name| name.to_str());
+    let name =
+        name.ok_or_else(|| CheckpointError::malformed(file, "expected the name of a file"))?;
+    let parent = file.parent().unwrap_or(Path::new(""));
+    Ok((Source::directory(parent), name.to_owned()))
+}
+
+fn load_all(sources: &Sources) -> Result<Loaded, CheckpointError> {
+    let experts = ExpertFiles::named(sources)?;
+    if !sources.model.is_dir() {
+        return load_file(&sources.model, experts);
+    }
+    let source = Source::directory(&sources.model);
+    if !source.exists(manifest::FILE) {
+        return load_directory(source, experts);
+    }
+    if experts.is_some() {
+        let reason = "expected a base alone, since experts and router are given too; found a packed checkpoint";
+        return Err(CheckpointError::malformed(
+            &source.path(manifest::FILE),
+            reason,
+        ));
+    }
+    load_packed(&source, sources.verify)
+}
+
+/// A directory that [`pack`] wrote: only what its manifest lists is looked at.
+fn load_packed(source: &Source, verify: Verify) -> Result<Loaded, CheckpointError> {
+    let manifest = Manifest::read(source)?;
+    manifest.verify(source, verify)?;
+    let source = source.only(manifest.names());
+    let experts = manifest
+        .experts
+        .then(|| ExpertFiles::inside(&source))
+        .transpose()?;
+    match manifest.base {
+        BaseKind::HuggingFace => load_directory(source, experts),
+        BaseKind::Gguf => load_gguf(source, manifest::GGUF.to_owned(), experts),
+    }
+}
+
+fn load_directory(source: Source, experts: Option<ExpertFiles>) -> Result<Loaded, CheckpointError> {
+    let parts = hf::load(&source)?;
+    let text = text_parts::read(&source)?;
+    let base = BaseFiles {
+        source,
+        kind: BaseKind::HuggingFace,
+        weights: parts.weight_files,
+    };
+    Loaded::join(
+        parts.config,
+        parts.base,
+        text,
+        parts.generation,
+        base,
+        experts,
+    )
+}
+
+fn load_file(file: &Path, experts: Option<ExpertFiles>) -> Result<Loaded, CheckpointError> {
+    let (source, name) = parent_and_name(file)?;
+    load_gguf(source, name, experts)
+}
+
+fn load_gguf(
+    source: Source,
+    name: String,
+    experts: Option<ExpertFiles>,
+) -> Result<Loaded, CheckpointError> {
+    let file = source.path(&name);
+    let opened = source.open(&name)?;
+    if !opened.as_slice().starts_with(b"GGUF") {
+        let reason = "expected a directory or a GGUF file, found another file";
+        return Err(CheckpointError::malformed(&file, reason));
+    }
+    let _ = (source, experts, BaseKind::Gguf);
+    Err(CheckpointError::malformed(
+        &file,
+        "GGUF files cannot be read yet",
+    ))
+}
+
+impl Loaded {
+    fn join(
+        config: LlamaConfig,
+        base: BaseTensors,
+        text: TextParts,
+        generation: GenerationDefaults,
+        files: BaseFiles,
+        expert_files: Option<ExpertFiles>,
+    ) -> Result<Self, CheckpointError> {
+        let experts = expert_files
+            .as_ref()
+            .map(|files| files.load(&config))
+            .transpose()?;
+        let fingerprint = fingerprint::of(&config, &files, experts.as_ref())?;
+        let checkpoint = Checkpoint {
+            config,
+            base,
+            experts,
+            text,
+            generation,
+            fingerprint,
+        };
+        Ok(Self {
+            checkpoint,
+            base: files,
+            experts: expert_files,
+        })
+    }
 }

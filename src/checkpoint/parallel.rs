@@ -34,11 +34,7 @@ pub(crate) fn map<T: Send, E: Send>(
     let mut done = std::thread::scope(|scope| {
         // A thread that the system refuses is not missed: this one works too.
         let others: Vec<_> = (1..threads)
-            .filter_map(|_| {
-                std::thread::Builder::new()
-                    .spawn_scoped(scope, worker)
-                    .ok()
-            })
+            .filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, worker).ok())
             .collect();
         let mut done = worker();
         for other in others {

@@ -18,7 +18,10 @@ pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 /// # Errors
 /// [`CheckpointError`] names the file, and the key or tensor.
 pub(crate) fn load(source: &Source, base: &LlamaConfig) -> Result<Expert, CheckpointError> {
-    let json = Object::parse(&source.path(CONFIG), &source.read(CONFIG, CONFIG_BYTES_MAX)?)?;
+    let json = Object::parse(
+        &source.path(CONFIG),
+        &source.read(CONFIG, CONFIG_BYTES_MAX)?,
+    )?;
     let (rank, scale) = rank_and_scale(&json)?;
     if !source.exists(WEIGHTS) && source.exists("adapter_model.bin") {
         let reason = "expected this file, found only adapter_model.bin: save the adapter with safe_serialization";
@@ -92,8 +95,7 @@ fn rank_and_scale(json: &Object) -> Result<(usize, f32), CheckpointError> {
 }
 
 fn check_targets(json: &Object) -> Result<(), CheckpointError> {
-    let is_ours =
-        |target: &Value| matches!(target.as_str(), Some("down_proj" | "mlp.down_proj"));
+    let is_ours = |target: &Value| matches!(target.as_str(), Some("down_proj" | "mlp.down_proj"));
     let ours = match json.get("target_modules") {
         Some(Value::Array(targets)) => !targets.is_empty() && targets.iter().all(is_ours),
         Some(target) => is_ours(target),
@@ -141,8 +143,14 @@ mod tests {
         for (change, want) in [
             ("", (16, 2.0)),
             (r#", "use_rslora": true"#, (16, 8.0)),
-            (r#", "lora_alpha": 8.0, "target_modules": "down_proj""#, (16, 0.5)),
-            (r#", "r": 1, "target_modules": ["mlp.down_proj"], "rank_pattern": {}"#, (1, 32.0)),
+            (
+                r#", "lora_alpha": 8.0, "target_modules": "down_proj""#,
+                (16, 0.5),
+            ),
+            (
+                r#", "r": 1, "target_modules": ["mlp.down_proj"], "rank_pattern": {}"#,
+                (1, 32.0),
+            ),
         ] {
             assert_eq!(check(change), Ok(want), "{change}");
         }
@@ -164,7 +172,10 @@ mod tests {
             (r#", "lora_alpha": -1"#, "lora_alpha"),
             (r#", "target_modules": []"#, "target_modules"),
             (r#", "target_modules": ".*""#, "target_modules"),
-            (r#", "target_modules": ["down_proj", "up_proj"]"#, "target_modules"),
+            (
+                r#", "target_modules": ["down_proj", "up_proj"]"#,
+                "target_modules",
+            ),
             (r#", "init_lora_weights": "pissa""#, "init_lora_weights"),
             (r#", "use_rslora": 1"#, "use_rslora"),
         ] {

@@ -37,10 +37,10 @@ pub(crate) enum Value {
     Dict(Vec<(ValueId, ValueId)>),
     /// One of the names that may be spoken.
     Global(Global),
-    /// A storage, by its persistent id.
-    Storage(Storage),
+    /// A storage, by its persistent id. Boxed, as tensors are: most values are small, and a pickle is mostly values.
+    Storage(Box<Storage>),
     /// A view of a storage.
-    Tensor(TensorView),
+    Tensor(Box<TensorView>),
 }
 
 /// The names that a pickle may speak. None of them is code here.
@@ -272,7 +272,9 @@ impl Reader<'_> {
     fn take_array<const N: usize>(&mut self) -> Result<[u8; N], String> {
         let range = self.take(N)?;
         let bytes = self.bytes.get(range).and_then(|bytes| bytes.first_chunk());
-        bytes.copied().ok_or_else(|| format!("expected {N} more bytes"))
+        bytes
+            .copied()
+            .ok_or_else(|| format!("expected {N} more bytes"))
     }
 
     fn push(&mut self, value: Value) {
@@ -361,7 +363,9 @@ impl Reader<'_> {
     fn long(&mut self) -> Result<(), String> {
         let [count] = self.take_array()?;
         if count > 8 {
-            return Err(format!("expected a number of at most 8 bytes, found {count}"));
+            return Err(format!(
+                "expected a number of at most 8 bytes, found {count}"
+            ));
         }
         let range = self.take(count.into())?;
         let bytes = self.bytes.get(range).unwrap_or_default();
@@ -424,8 +428,9 @@ impl Reader<'_> {
             Value::Tuple(items) => self.storage(items),
             _ => None,
         };
-        let storage = storage.ok_or("expected the persistent id of a storage of f64, f32, f16 or bf16")?;
-        self.push(Value::Storage(storage));
+        let storage =
+            storage.ok_or("expected the persistent id of a storage of f64, f32, f16 or bf16")?;
+        self.push(Value::Storage(Box::new(storage)));
         Ok(())
     }
 
@@ -436,16 +441,20 @@ impl Reader<'_> {
         let Value::Str(tag) = self.value(*tag) else {
             return None;
         };
-        match (self.value(*storage_type), self.value(*key), self.value(*elements)) {
-            (Value::Global(Global::Storage(storage_type)), Value::Str(key), Value::Int(elements))
-                if text(self.bytes, tag) == "storage" =>
-            {
-                Some(Storage {
-                    storage_type: *storage_type,
-                    key: key.clone(),
-                    elements: *elements,
-                })
-            }
+        match (
+            self.value(*storage_type),
+            self.value(*key),
+            self.value(*elements),
+        ) {
+            (
+                Value::Global(Global::Storage(storage_type)),
+                Value::Str(key),
+                Value::Int(elements),
+            ) if text(self.bytes, tag) == "storage" => Some(Storage {
+                storage_type: *storage_type,
+                key: key.clone(),
+                elements: *elements,
+            }),
             _ => None,
         }
     }
@@ -460,9 +469,11 @@ impl Reader<'_> {
             Value::Global(Global::OrderedDict) => {
                 return Err("expected OrderedDict without arguments".to_owned());
             }
-            Value::Global(Global::RebuildTensor) => Value::Tensor(self.tensor(arguments).ok_or(
-                "expected (storage, offset, shape, strides, requires_grad, hooks) for a tensor",
-            )?),
+            Value::Global(Global::RebuildTensor) => {
+                let expected =
+                    "expected (storage, offset, shape, strides, requires_grad, hooks) for a tensor";
+                Value::Tensor(Box::new(self.tensor(arguments).ok_or(expected)?))
+            }
             _ => return Err("expected OrderedDict or _rebuild_tensor_v2 to be called".to_owned()),
         };
         self.push(value);
@@ -539,11 +550,17 @@ mod tests {
             (b"\x80\x02(\x85.", "expected a value"),
             (b"\x80\x02N(q\x00.", "expected a value"),
             (b"\x80\x02h\x07.", "memo entry 7"),
-            (b"\x80\x02X\xff\xff\xff\xffab", "expected 4294967295 more bytes, found 2"),
+            (
+                b"\x80\x02X\xff\xff\xff\xffab",
+                "expected 4294967295 more bytes, found 2",
+            ),
             (b"\x80\x02X\x01\x00\x00\x00\xff.", "UTF-8"),
             (b"\x80\x02cos\nsystem\n.", "`os.system`"),
             (b"\x80\x02cos\nsystem", "no end of it"),
-            (b"\x80\x02ccollections\nOrderedDict\nN\x85R.", "without arguments"),
+            (
+                b"\x80\x02ccollections\nOrderedDict\nN\x85R.",
+                "without arguments",
+            ),
             (b"\x80\x02N)R.", "to be called"),
             (b"\x80\x02NN\x86Q.", "persistent id"),
             (b"\x80\x02)NNs.", "a dict to set"),
@@ -559,7 +576,9 @@ mod tests {
 
     #[test]
     fn read_when_the_pickle_holds_plain_values_builds_them() {
-        let pickle = read(b"\x80\x02}(X\x01\x00\x00\x00aJ\xff\xff\xff\xffK\x07\x8a\x03\x00\x00\x80u.").unwrap();
+        let pickle =
+            read(b"\x80\x02}(X\x01\x00\x00\x00aJ\xff\xff\xff\xffK\x07\x8a\x03\x00\x00\x80u.")
+                .unwrap();
         let Value::Dict(items) = pickle.root() else {
             panic!("{:?}", pickle.root());
         };

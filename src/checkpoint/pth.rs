@@ -41,12 +41,14 @@ pub(crate) fn read(file: &Path, bytes: &FileBytes) -> Result<TensorFile, Checkpo
         return Err(malformed(reason.to_owned()));
     }
     let records = Records::read(content).map_err(malformed)?;
-    let pickle = records.bytes(content, PICKLE).ok_or_else(|| {
-        malformed(format!("expected a record {PICKLE}, found none"))
-    })?;
+    let pickle = records
+        .bytes(content, PICKLE)
+        .ok_or_else(|| malformed(format!("expected a record {PICKLE}, found none")))?;
     if pickle.len() as u64 > PICKLE_BYTES_MAX {
         let (found, most) = (pickle.len(), PICKLE_BYTES_MAX);
-        return Err(malformed(format!("expected a pickle of at most {most} bytes, found {found}")));
+        return Err(malformed(format!(
+            "expected a pickle of at most {most} bytes, found {found}"
+        )));
     }
     if let Some(order) = records.bytes(content, "byteorder")
         && order != b"little"
@@ -59,7 +61,11 @@ pub(crate) fn read(file: &Path, bytes: &FileBytes) -> Result<TensorFile, Checkpo
         let tensor = tensor(&pickle, view, &records, bytes)
             .map_err(|reason| CheckpointError::tensor(file, &name, reason))?;
         if tensors.insert(name.clone(), tensor).is_some() {
-            return Err(CheckpointError::tensor(file, &name, "expected once, found twice"));
+            return Err(CheckpointError::tensor(
+                file,
+                &name,
+                "expected once, found twice",
+            ));
         }
     }
     Ok(TensorFile::from_tensors(file, tensors))
@@ -78,14 +84,19 @@ fn views<'p>(pickle: &'p Pickle<'_>) -> Result<Vec<(String, &'p TensorView)>, St
         };
         let gate = pickle.text(gate);
         for (key, tensor) in state {
-            let (Value::Str(key), Value::Tensor(view)) = (pickle.value(*key), pickle.value(*tensor))
+            let (Value::Str(key), Value::Tensor(view)) =
+                (pickle.value(*key), pickle.value(*tensor))
             else {
-                return Err(format!("expected tensors by name in `{gate}`, found another entry"));
+                return Err(format!(
+                    "expected tensors by name in `{gate}`, found another entry"
+                ));
             };
             if views.len() >= ROUTER_TENSORS_MAX {
-                return Err(format!("expected at most {ROUTER_TENSORS_MAX} tensors, found more"));
+                return Err(format!(
+                    "expected at most {ROUTER_TENSORS_MAX} tensors, found more"
+                ));
             }
-            views.push((joined(gate, pickle.text(key))?, view));
+            views.push((joined(gate, pickle.text(key))?, view.as_ref()));
         }
     }
     Ok(views)
@@ -95,7 +106,9 @@ fn views<'p>(pickle: &'p Pickle<'_>) -> Result<Vec<(String, &'p TensorView)>, St
 fn joined(gate: &str, key: &str) -> Result<String, String> {
     const NAME_BYTES_MAX: usize = 256;
     if gate.len() + key.len() > NAME_BYTES_MAX {
-        return Err(format!("expected names of at most {NAME_BYTES_MAX} bytes, found a longer one"));
+        return Err(format!(
+            "expected names of at most {NAME_BYTES_MAX} bytes, found a longer one"
+        ));
     }
     Ok(format!("{gate}.{key}"))
 }
@@ -112,12 +125,17 @@ fn tensor(
     };
     let record = record(pickle, storage, records)?;
     let shape = sizes(&view.shape).ok_or_else(|| {
-        format!("expected a shape without negative axes, found {:?}", view.shape)
+        format!(
+            "expected a shape without negative axes, found {:?}",
+            view.shape
+        )
     })?;
     check_contiguous(&shape, &view.strides)?;
     let element_bytes = storage.storage_type.element_bytes();
     let range = byte_range(&shape, view.offset, element_bytes)
-        .map(|within| record.start.saturating_add(within.start)..record.start.saturating_add(within.end))
+        .map(|within| {
+            record.start.saturating_add(within.start)..record.start.saturating_add(within.end)
+        })
         .filter(|range| range.end <= record.end)
         .ok_or_else(|| {
             format!(
@@ -126,7 +144,9 @@ fn tensor(
                 record.len()
             )
         })?;
-    let part = bytes.part(range).ok_or("expected a record within the file")?;
+    let part = bytes
+        .part(range)
+        .ok_or("expected a record within the file")?;
     let fits = |dtype, part| {
         HostTensor::new(shape.clone(), dtype, part)
             .ok_or_else(|| "expected bytes as its shape says".to_owned())
@@ -150,9 +170,12 @@ fn record(
     records: &Records,
 ) -> Result<Range<usize>, String> {
     let key = pickle.text(&storage.key);
-    let record = records
-        .range(&format!("data/{key}"))
-        .ok_or_else(|| format!("expected a record data/{}, found none", key.escape_default()))?;
+    let record = records.range(&format!("data/{key}")).ok_or_else(|| {
+        format!(
+            "expected a record data/{}, found none",
+            key.escape_default()
+        )
+    })?;
     let claimed = usize::try_from(storage.elements)
         .ok()
         .and_then(|elements| elements.checked_mul(storage.storage_type.element_bytes()));
@@ -168,7 +191,9 @@ fn record(
 }
 
 fn sizes(axes: &[i64]) -> Option<Vec<usize>> {
-    axes.iter().map(|axis| usize::try_from(*axis).ok()).collect()
+    axes.iter()
+        .map(|axis| usize::try_from(*axis).ok())
+        .collect()
 }
 
 /// Row-major without gaps; the stride of an axis of one element does not matter.
@@ -182,7 +207,9 @@ fn check_contiguous(shape: &[usize], strides: &[i64]) -> Result<(), String> {
     if contiguous {
         Ok(())
     } else {
-        Err(format!("expected a contiguous tensor, found shape {shape:?} with strides {strides:?}"))
+        Err(format!(
+            "expected a contiguous tensor, found shape {shape:?} with strides {strides:?}"
+        ))
     }
 }
 
@@ -205,18 +232,21 @@ impl Records {
             archive_offset: ArchiveOffset::Known(0),
         };
         let no_zip = |error: zip::result::ZipError| format!("expected torch.save's zip: {error}");
-        let mut archive =
-            ZipArchive::with_config(config, Cursor::new(content)).map_err(no_zip)?;
+        let mut archive = ZipArchive::with_config(config, Cursor::new(content)).map_err(no_zip)?;
         if archive.len() > RECORDS_MAX {
-            return Err(format!("expected at most {RECORDS_MAX} records, found {}", archive.len()));
+            return Err(format!(
+                "expected at most {RECORDS_MAX} records, found {}",
+                archive.len()
+            ));
         }
         if archive.has_duplicate_names() {
             return Err("expected records with different names".to_owned());
         }
         let folder = folder(&archive)?;
         let mut records = HashMap::new();
+        let mut total = 0usize;
         for index in 0..archive.len() {
-            let (name, range) = entry(&mut archive, index, content.len())?;
+            let (name, range) = entry(&mut archive, index, content.len(), &mut total)?;
             if let Some(name) = name.strip_prefix(&folder) {
                 records.insert(name.to_owned(), range);
             }
@@ -252,16 +282,19 @@ fn entry(
     archive: &mut ZipArchive<Cursor<&[u8]>>,
     index: usize,
     file_bytes: usize,
+    total_bytes: &mut usize,
 ) -> Result<(String, Range<usize>), String> {
     let broken = |error: &dyn std::fmt::Display| format!("record {index}: {error}");
     let mut entry = archive.by_index(index).map_err(|error| broken(&error))?;
     let name = entry.name().map_err(|error| broken(&error))?.into_owned();
-    let broken = |error: &dyn std::fmt::Display| {
-        format!("record `{}`: {error}", name.escape_default())
-    };
+    let broken =
+        |error: &dyn std::fmt::Display| format!("record `{}`: {error}", name.escape_default());
     let (size, stored) = (entry.size(), entry.compressed_size());
-    if entry.compression() != zip::CompressionMethod::Stored || entry.encrypted() || size != stored {
-        return Err(broken(&"expected bytes stored as they are, found them packed or encrypted"));
+    if entry.compression() != zip::CompressionMethod::Stored || entry.encrypted() || size != stored
+    {
+        return Err(broken(
+            &"expected bytes stored as they are, found them packed or encrypted",
+        ));
     }
     let start = entry.data_start().unwrap_or(u64::MAX);
     let range = start
@@ -269,6 +302,11 @@ fn entry(
         .filter(|end| usize::try_from(*end).is_ok_and(|end| end <= file_bytes))
         .and_then(|end| Some(usize::try_from(start).ok()?..usize::try_from(end).ok()?))
         .ok_or_else(|| broken(&format!("expected {size} bytes within the file")))?;
+    // Records that share bytes could make us read the same ones thousands of times.
+    *total_bytes = total_bytes.saturating_add(range.len());
+    if *total_bytes > file_bytes {
+        return Err(broken(&"expected records that together fit the file"));
+    }
     std::io::copy(&mut entry, &mut std::io::sink()).map_err(|error| broken(&error))?;
     Ok((name, range))
 }

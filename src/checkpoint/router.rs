@@ -41,7 +41,12 @@ pub(crate) fn load(
         TensorFile::safetensors(&file, &bytes)?
     };
     let gates: Vec<String> = (0..base.num_layers)
-        .flat_map(|layer| [format!("layer_{layer}_alpha"), format!("layer_{layer}_beta")])
+        .flat_map(|layer| {
+            [
+                format!("layer_{layer}_alpha"),
+                format!("layer_{layer}_beta"),
+            ]
+        })
         .collect();
     let folded = if tensors.contains("layer_0_alpha.weight") {
         read_folded(&mut tensors, &gates, base.intermediate_size)?
@@ -109,9 +114,11 @@ fn fold_all(
     for gate in gates {
         taken.push(take_gate(tensors, gate, m)?);
     }
-    check_finite(taken.iter().flat_map(|gate| {
-        [&gate.w0, &gate.b0, &gate.w1, &gate.b1, &gate.w2, &gate.b2]
-    }))?;
+    check_finite(
+        taken
+            .iter()
+            .flat_map(|gate| [&gate.w0, &gate.b0, &gate.w1, &gate.b1, &gate.w2, &gate.b2]),
+    )?;
     parallel::map(taken.len(), |index| match taken.get(index) {
         Some(gate) => fold_gate(gate).map(Some),
         None => Ok(None),
@@ -120,7 +127,11 @@ fn fold_all(
 }
 
 /// The six tensors of a gate. Its inner widths are its own: the fold is exact for any that chain.
-fn take_gate(tensors: &mut TensorFile, gate: &str, m: usize) -> Result<GateLayers, CheckpointError> {
+fn take_gate(
+    tensors: &mut TensorFile,
+    gate: &str,
+    m: usize,
+) -> Result<GateLayers, CheckpointError> {
     let (w0, k0) = take_matrix(tensors, &format!("{gate}.linear_0.weight"), m)?;
     let b0 = tensors.take(&format!("{gate}.linear_0.bias"), &[k0], "")?;
     let (w1, k1) = take_matrix(tensors, &format!("{gate}.linear_1.weight"), k0)?;

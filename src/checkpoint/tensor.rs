@@ -26,6 +26,17 @@ pub enum TensorBytes {
     Owned(Arc<[u8]>),
 }
 
+impl TensorBytes {
+    /// All of them.
+    pub fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map, range) => map.get(range.clone()).unwrap_or_default(),
+            Self::Static(bytes) => bytes,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
 impl HostTensor {
     /// `None` when `bytes` does not have the length that `shape` and `dtype` need, or its rows are not whole blocks.
     /// The caller has checked that the numbers are finite.
@@ -59,11 +70,7 @@ impl HostTensor {
 
     /// The elements, row-major, little-endian.
     pub fn bytes(&self) -> &[u8] {
-        match &self.bytes {
-            TensorBytes::Mapped(map, range) => map.get(range.clone()).unwrap_or_default(),
-            TensorBytes::Static(bytes) => bytes,
-            TensorBytes::Owned(bytes) => bytes,
-        }
+        self.bytes.as_slice()
     }
 
     /// All elements, widened exactly.

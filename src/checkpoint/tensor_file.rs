@@ -83,8 +83,9 @@ impl TensorFile {
             .tensors()
             .into_iter()
             .map(|(name, info)| {
-                let entry = entry(bytes, data_start, info)
-                    .ok_or_else(|| CheckpointError::tensor(file, &name, "expected bytes as its shape says"))?;
+                let entry = entry(bytes, data_start, info).ok_or_else(|| {
+                    CheckpointError::tensor(file, &name, "expected bytes as its shape says")
+                })?;
                 Ok((name, entry))
             })
             .collect::<Result<_, CheckpointError>>()?;
@@ -255,14 +256,18 @@ pub(crate) fn write_safetensors(
         |error: ::safetensors::SafeTensorError| CheckpointError::malformed(file, error.to_string());
     let bytes: Vec<Vec<u8>> = tensors
         .iter()
-        .map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        .map(|(_, _, values)| {
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
+        })
         .collect();
     let views = tensors
         .iter()
         .zip(&bytes)
         .map(|((name, shape, _), bytes)| {
-            let view =
-                ::safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), bytes)?;
+            let view = ::safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), bytes)?;
             Ok((name.as_str(), view))
         })
         .collect::<Result<Vec<_>, _>>()

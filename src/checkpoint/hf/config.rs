@@ -10,7 +10,7 @@ use crate::checkpoint::{CheckpointError, LlamaConfig, RopeScaling};
 use crate::types::TokenId;
 
 /// The file.
-pub(super) const FILE: &str = "config.json";
+pub(crate) const FILE: &str = "config.json";
 
 // What transformers' `LlamaConfig` takes where the file says nothing.
 const DEFAULT_RMS_NORM_EPS: f64 = 1e-6;
@@ -132,7 +132,11 @@ fn rope_type(json: &Object) -> Result<Option<&str>, CheckpointError> {
 }
 
 fn rope_scaling(json: &Object, positions: usize) -> Result<RopeScaling, CheckpointError> {
-    let factor = || json.number("factor", "a number from 1 to 1e6", |x| (1.0..=1e6).contains(&x));
+    let factor = || {
+        json.number("factor", "a number from 1 to 1e6", |x| {
+            (1.0..=1e6).contains(&x)
+        })
+    };
     let original = |default: Option<usize>| {
         let key = "original_max_position_embeddings";
         match (json.count_optional(key, 1..=POSITIONS_MAX)?, default) {
@@ -229,13 +233,41 @@ mod tests {
         };
         for (text, theta, want) in [
             ("{}", 1e4, RopeScaling::None),
-            (r#"{"rope_scaling": null, "rope_theta": 5e5}"#, 5e5, RopeScaling::None),
-            (r#"{"rope_scaling": {"type": "linear", "factor": 2.0}}"#, 1e4, linear),
-            (r#"{"rope_scaling": {"rope_type": "linear", "factor": 2}}"#, 1e4, linear),
-            (r#"{"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}}"#, 1e4, linear),
-            (r#"{"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 7.0}}"#, 7.0, linear),
-            (r#"{"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}"#, 7.0, RopeScaling::None),
-            (r#"{"rope_scaling": {"type": "dynamic", "factor": 4}}"#, 1e4, dynamic(4096)),
+            (
+                r#"{"rope_scaling": null, "rope_theta": 5e5}"#,
+                5e5,
+                RopeScaling::None,
+            ),
+            (
+                r#"{"rope_scaling": {"type": "linear", "factor": 2.0}}"#,
+                1e4,
+                linear,
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "linear", "factor": 2}}"#,
+                1e4,
+                linear,
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}}"#,
+                1e4,
+                linear,
+            ),
+            (
+                r#"{"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 7.0}}"#,
+                7.0,
+                linear,
+            ),
+            (
+                r#"{"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}"#,
+                7.0,
+                RopeScaling::None,
+            ),
+            (
+                r#"{"rope_scaling": {"type": "dynamic", "factor": 4}}"#,
+                1e4,
+                dynamic(4096),
+            ),
             (
                 r#"{"rope_scaling": {"type": "dynamic", "factor": 4, "original_max_position_embeddings": 64}}"#,
                 1e4,
@@ -249,14 +281,32 @@ mod tests {
     #[test]
     fn rope_when_it_cannot_be_computed_names_the_key() {
         for (text, key) in [
-            (r#"{"rope_scaling": {"factor": 2}}"#, "rope_scaling.rope_type"),
-            (r#"{"rope_scaling": {"type": "yarn", "factor": 2}}"#, "rope_scaling.type"),
-            (r#"{"rope_scaling": {"rope_type": "longrope"}}"#, "rope_scaling.rope_type"),
-            (r#"{"rope_scaling": {"type": "linear"}}"#, "rope_scaling.factor"),
-            (r#"{"rope_scaling": {"type": "linear", "factor": 0}}"#, "rope_scaling.factor"),
+            (
+                r#"{"rope_scaling": {"factor": 2}}"#,
+                "rope_scaling.rope_type",
+            ),
+            (
+                r#"{"rope_scaling": {"type": "yarn", "factor": 2}}"#,
+                "rope_scaling.type",
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "longrope"}}"#,
+                "rope_scaling.rope_type",
+            ),
+            (
+                r#"{"rope_scaling": {"type": "linear"}}"#,
+                "rope_scaling.factor",
+            ),
+            (
+                r#"{"rope_scaling": {"type": "linear", "factor": 0}}"#,
+                "rope_scaling.factor",
+            ),
             (r#"{"rope_scaling": "linear"}"#, "rope_scaling"),
             (r#"{"rope_theta": 0}"#, "rope_theta"),
-            (r#"{"rope_parameters": {"rope_theta": "x"}}"#, "rope_parameters.rope_theta"),
+            (
+                r#"{"rope_parameters": {"rope_theta": "x"}}"#,
+                "rope_parameters.rope_theta",
+            ),
             (
                 r#"{"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}}"#,
                 "rope_scaling.high_freq_factor",

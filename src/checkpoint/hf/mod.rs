@@ -14,6 +14,9 @@ use super::{
     BaseTensors, CheckpointError, GenerationDefaults, HostTensor, LayerTensors, LlamaConfig,
 };
 
+pub(crate) use config::FILE as CONFIG;
+pub(crate) use generation::FILE as GENERATION;
+
 /// The file of a model in one piece.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The index of a model in shards.
@@ -225,9 +228,8 @@ fn take_layer(
     let (d, m) = (config.hidden_size, config.intermediate_size);
     let q = config.num_heads * config.head_dim;
     let kv = config.num_kv_heads * config.head_dim;
-    let mut take = |name: &str, shape: &[usize]| {
-        take(&format!("model.layers.{layer}.{name}.weight"), shape)
-    };
+    let mut take =
+        |name: &str, shape: &[usize]| take(&format!("model.layers.{layer}.{name}.weight"), shape);
     Ok(LayerTensors {
         input_layernorm: take("input_layernorm", &[d])?,
         q_proj: take("self_attn.q_proj", &[q, d])?,
