@@ -163,7 +163,11 @@ impl SpecialTokens {
         let names = if words().any(|words| words.contains(self.named.mark)) {
             let texts = self.added.iter().map(|(_, token)| token.content.as_str());
             let mark = unused_mark(words().chain(texts))?;
-            NamesUsed::Fresh(Names::new(&self.added, mark, library.get_normalizer())?)
+            NamesUsed::Fresh(Box::new(Names::new(
+                &self.added,
+                mark,
+                library.get_normalizer(),
+            )?))
         } else {
             NamesUsed::Usual(&self.named)
         };
@@ -183,7 +187,7 @@ pub(super) enum NamesUsed<'a> {
     /// Made at load.
     Usual(&'a Names),
     /// Made for a text that contains the usual mark.
-    Fresh(Names),
+    Fresh(Box<Names>),
 }
 
 impl NamesUsed<'_> {
@@ -201,14 +205,14 @@ impl Names {
         mark: char,
         normalizer: Option<&NormalizerWrapper>,
     ) -> Result<Self, TextError> {
-        let tokens = added.iter().filter_map(|(id, token)| {
+        let tokens = added.iter().map(|(id, token)| {
             let mut token = token.clone();
             if token.special {
                 token.content = name_of(*id, mark);
                 token.normalized = false;
                 token.single_word = false;
             }
-            Some((*id, token))
+            (*id, token)
         });
         Ok(Self {
             aliases: Aliases::new(tokens, normalizer)?,

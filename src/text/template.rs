@@ -355,6 +355,12 @@ fn tojson(
     let invalid = |error: serde_json::Error| {
         minijinja::Error::new(ErrorKind::BadSerialization, error.to_string())
     };
+    if value.is_undefined() {
+        return Err(minijinja::Error::new(
+            ErrorKind::UndefinedError,
+            "tojson: the value is undefined",
+        ));
+    }
     let mut json = serde_json::to_value(value).map_err(invalid)?;
     if sort {
         json.sort_all_objects();
