@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod fingerprint;
 mod fold;
+mod gguf;
 mod hf;
 mod json;
 mod limits;
@@ -383,11 +384,20 @@ fn load_gguf(
         let reason = "expected a directory or a GGUF file, found another file";
         return Err(CheckpointError::malformed(&file, reason));
     }
-    let _ = (source, experts, BaseKind::Gguf);
-    Err(CheckpointError::malformed(
-        &file,
-        "GGUF files cannot be read yet",
-    ))
+    let (config, base, text) = gguf::load(&file, &opened)?;
+    let files = BaseFiles {
+        source,
+        kind: BaseKind::Gguf,
+        weights: vec![name],
+    };
+    Loaded::join(
+        config,
+        base,
+        text,
+        GenerationDefaults::default(),
+        files,
+        experts,
+    )
 }
 
 impl Loaded {

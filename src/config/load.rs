@@ -377,12 +377,7 @@ mod tests {
     fn environment_variables_that_nobody_knows_are_refused_with_the_nearest() {
         let known = variables(&Command::new("midpo"));
         let check = |name: &str| check_environment([OsString::from(name)].into_iter(), &known);
-        for known in [
-            "MIDPO_PORT",
-            "MIDPO_CHAT_URL",
-            "MIDPO_TEST_GGUF",
-            "PATH",
-        ] {
+        for known in ["MIDPO_PORT", "MIDPO_CHAT_URL", "MIDPO_TEST_GGUF", "PATH"] {
             assert!(check(known).is_ok(), "{known}");
         }
         let error = check("MIDPO_PROT").unwrap_err().to_string();

@@ -5,6 +5,8 @@ mod bench;
 mod checkpoint;
 mod cli;
 mod docs;
+mod gguf;
+mod gguf_file;
 mod golden;
 mod http;
 mod ops;
