@@ -160,7 +160,9 @@ impl Scheduler {
     }
 
     fn plan_waiting(&mut self, plan: &mut Plan, budget: &mut Budget) {
-        while budget.tokens > 0 && self.running.len() < self.limits.sequences {
+        // With a row of either kind left, whoever starts also computes something.
+        let room = |budget: &Budget| budget.tokens > 0 && budget.logit_rows > 0;
+        while room(budget) && self.running.len() < self.limits.sequences {
             let Some(id) = self.waiting.first().copied() else {
                 return;
             };

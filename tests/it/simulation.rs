@@ -130,7 +130,7 @@ impl Simulation {
     /// A request whose prompt begins as many others do. It fits the cache alone, which is all that is promised.
     fn submit(&mut self, request: u64) {
         let room = self.world.blocks * BLOCK_TOKENS;
-        let (stem, shared) = (self.random.below(3) as u32, self.random.below(room));
+        let (stem, shared) = (self.random.below(3) as u32, self.random.below(1 + room / 2));
         let own = 1 + self.random.below(40);
         let stem_tokens = (0..shared as u32).map(|i| TokenId(stem * 1000 + i));
         let mut prompt: Vec<TokenId> = stem_tokens
@@ -337,6 +337,6 @@ fn scheduler_survives_thousands_of_requests_in_a_tiny_cache() {
     let tally = Simulation::new(world).run(15_000);
     assert!(tally.submitted > 2000, "{}", tally.submitted);
     // The workload would prove little if it met neither.
-    assert!(tally.preempted > 100, "{}", tally.preempted);
+    assert!(tally.preempted > 50, "{}", tally.preempted);
     assert!(tally.cached_tokens > 1000, "{}", tally.cached_tokens);
 }
