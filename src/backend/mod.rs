@@ -50,8 +50,16 @@ impl HostMatrix<'_> {
     /// # Panics
     /// When the matrix was not checked (`ops::bind_parts`) or `i` is not below its rows.
     pub fn widen_row(&self, i: usize, out: &mut [f32]) {
+        self.dtype.widen(self.row_bytes(i), out);
+    }
+
+    /// Row `i` as stored.
+    ///
+    /// # Panics
+    /// As [`Self::widen_row`].
+    pub fn row_bytes(&self, i: usize) -> &[u8] {
         let row = self.bytes.len() / self.rows;
-        self.dtype.widen(&self.bytes[i * row..][..row], out);
+        &self.bytes[i * row..][..row]
     }
 }
 

@@ -124,7 +124,8 @@ fn below(operand: &'static str, limit: usize, found: usize) -> Result<(), Backen
 
 /// A step in host memory: what the backends that run here keep of a [`StepLayout`].
 ///
-/// Invariant: what it holds passed [`StepLayout::check`]. Its vectors never grow beyond the limits they were made for.
+/// Invariant: what it holds passed [`StepLayout::check`], and no block is written by two sequences (they may share blocks that
+/// they only read), so that threads may write K and V at once. Its vectors never grow beyond the limits they were made for.
 #[derive(Debug)]
 pub struct HostStep {
     limits: StepLimits,
@@ -132,6 +133,8 @@ pub struct HostStep {
     sequences: Vec<PlacedSequence>,
     blocks: Vec<BlockId>,
     logit_rows: Vec<usize>,
+    /// Blocks that this step writes, a bit each.
+    written: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -179,12 +182,14 @@ impl HostStep {
             sequences: Vec::with_capacity(sequences),
             blocks: Vec::with_capacity(sequences.saturating_mul(table.min(limits.blocks))),
             logit_rows: Vec::with_capacity(limits.logit_rows),
+            written: vec![0; limits.blocks.div_ceil(64)],
         }
     }
 
     /// Checks `layout` and keeps it. On an error the step before stays.
     pub fn load(&mut self, layout: &StepLayout<'_>) -> Result<(), BackendError> {
         layout.check(&self.limits)?;
+        self.check_writes(layout)?;
         self.tokens.clear();
         self.tokens.extend_from_slice(layout.tokens);
         self.logit_rows.clear();
@@ -205,6 +210,23 @@ impl HostStep {
             self.blocks
                 .extend_from_slice(&sequence.block_table[..blocks]);
             first_row += sequence.rows;
+        }
+        Ok(())
+    }
+
+    fn check_writes(&mut self, layout: &StepLayout<'_>) -> Result<(), BackendError> {
+        self.written.fill(0);
+        for sequence in layout.sequences {
+            let end = (sequence.start + sequence.rows).div_ceil(BLOCK_TOKENS);
+            for block in &sequence.block_table[sequence.start / BLOCK_TOKENS..end] {
+                let (word, bit) = (block.index() / 64, 1 << (block.index() % 64));
+                if self.written[word] & bit != 0 {
+                    let found = format!("block {} twice", block.index());
+                    let expected = "each block written by one sequence".to_owned();
+                    return Err(contract("sequences.block_table", expected, found));
+                }
+                self.written[word] |= bit;
+            }
         }
         Ok(())
     }
@@ -232,6 +254,13 @@ impl HostStep {
     /// Sequences in order of their rows.
     pub fn sequences(&self) -> impl ExactSizeIterator<Item = HostSequence<'_>> {
         self.sequences.iter().map(|placed| self.resolve(placed))
+    }
+
+    /// Index of the sequence that `row` belongs to.
+    pub fn sequence_of(&self, row: usize) -> usize {
+        self.sequences
+            .partition_point(|placed| placed.first_row <= row)
+            - 1
     }
 
     /// The `i`-th sequence.

@@ -1,0 +1,232 @@
+//! [`Simd`] in pairs of 256-bit registers.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::simd::{Kernel, Simd};
+
+/// Proof of AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// The proof, if the processor has them all.
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        let here = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        here.then_some(Self(()))
+    }
+}
+
+/// # Safety
+/// The processor must have the features named.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
+unsafe fn start<K: Kernel>(simd: Avx2, kernel: K) {
+    kernel.run(simd);
+}
+
+// Every `unsafe` below is a call of an intrinsic of AVX2, FMA or F16C, which the processor has since `self` exists; where it
+// takes a pointer, the caller's contract makes it good for 16 items.
+impl Simd for Avx2 {
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    const ACCUMULATORS: usize = 6;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) {
+        // SAFETY: see above the impl.
+        unsafe { start(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            self.from_bits([_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)])
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe {
+            let (low, high) = (from.cast(), from.add(8).cast());
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(low)),
+                _mm256_cvtph_ps(_mm_loadu_si128(high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: Self::F) {
+        // SAFETY: see above the impl.
+        unsafe {
+            _mm256_storeu_ps(to, x[0]);
+            _mm256_storeu_ps(to.add(8), x[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe {
+            [
+                _mm256_fmadd_ps(a[0], b[0], c[0]),
+                _mm256_fmadd_ps(a[1], b[1], c[1]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn keep_where_ge(self, a: Self::F, b: Self::F, x: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe {
+            let low = _mm256_cmp_ps::<_CMP_GE_OQ>(a[0], b[0]);
+            let high = _mm256_cmp_ps::<_CMP_GE_OQ>(a[1], b[1]);
+            [_mm256_and_ps(low, x[0]), _mm256_and_ps(high, x[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn round(self, x: Self::F) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            let (low, high) = (from.cast(), from.add(8).cast());
+            [
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(low)),
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            let (low, high) = (from.cast(), from.add(8).cast());
+            [
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(low)),
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_set1_epi32(x); 2] }
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn and(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn shr<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            [
+                _mm256_srli_epi32::<BITS>(a[0]),
+                _mm256_srli_epi32::<BITS>(a[1]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn shl<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            [
+                _mm256_slli_epi32::<BITS>(a[0]),
+                _mm256_slli_epi32::<BITS>(a[1]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn to_float(self, a: Self::I) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, a: Self::I) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { [_mm256_castsi256_ps(a[0]), _mm256_castsi256_ps(a[1])] }
+    }
+}

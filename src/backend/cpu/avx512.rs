@@ -1,0 +1,193 @@
+//! [`Simd`] in one 512-bit register.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::avx2::Avx2;
+use super::simd::{Kernel, Simd};
+
+/// Proof of AVX-512F, and of AVX2's set.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// The proof, if the processor has them all.
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        let here = is_x86_feature_detected!("avx512f") && Avx2::detect().is_some();
+        here.then_some(Self(()))
+    }
+}
+
+/// # Safety
+/// The processor must have the features named.
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[inline(never)]
+unsafe fn start<K: Kernel>(simd: Avx512, kernel: K) {
+    kernel.run(simd);
+}
+
+// Every `unsafe` below is a call of an intrinsic of AVX-512F, which the processor has since `self` exists; where it takes a
+// pointer, the caller's contract makes it good for 16 items.
+impl Simd for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+    const ACCUMULATORS: usize = 24;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) {
+        // SAFETY: see above the impl.
+        unsafe { start(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: Self::F) {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn keep_where_ge(self, a: Self::F, b: Self::F, x: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b), x) }
+    }
+
+    #[inline(always)]
+    fn round(self, x: Self::F) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_cvtps_epi32(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+
+    #[inline(always)]
+    fn add_int(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn and(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn shr<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            // This one wants its shift as u32, which a const i32 cannot become.
+            _mm512_srl_epi32(a, _mm_cvtsi32_si128(BITS))
+        }
+    }
+
+    #[inline(always)]
+    fn shl<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(BITS)) }
+    }
+
+    #[inline(always)]
+    fn to_float(self, a: Self::I) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, a: Self::I) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_castsi512_ps(a) }
+    }
+}

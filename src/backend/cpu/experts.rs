@@ -1,0 +1,251 @@
+//! silu(gate) * up, and the experts' half of the routed layer, in one pass over h.
+//!
+//! h is cut into splits of [`SPLIT`] inputs. Each split is written and, while it is in the first-level cache, met with its
+//! columns of E; the splits' sums are added in order. So one row can keep all threads busy, and the bits depend on m only.
+//!
+//! Bound: 2m + m numbers a row and E once for six rows; E is a few rows beside the base's d.
+
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::gemm::{self, Product};
+use super::pack::PackedMatrix;
+use super::pool::Parts;
+use super::simd::{Kernel, LANES, Simd, load_some, silu, store_some};
+use crate::backend::ops::ExpertShape;
+use crate::backend::{HostSequence, HostStep, Matrix};
+
+/// Inputs in a split: a multiple of every format's unit.
+pub const SPLIT: usize = 256;
+/// Rows that meet E together.
+pub const ROWS: usize = gemm::FEW_ROWS;
+
+/// What all chunks share.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// The step: rules of the gates.
+    pub step: &'a HostStep,
+    /// Columns of `gates`: 2 layer, 2 layer + 1.
+    pub layer: usize,
+    /// m.
+    pub m: usize,
+    /// (n, 2m).
+    pub gate_up: &'a [f32],
+    /// E.
+    pub experts: Option<(&'a PackedMatrix, ExpertShape)>,
+    /// (n, m + w).
+    pub hu: &'a Parts<'a, f32>,
+    /// Numbers in a row of `hu`.
+    pub hu_width: usize,
+    /// (n, gates' width).
+    pub gates: &'a Parts<'a, f32>,
+    /// Numbers in a row of `gates`.
+    pub gates_width: usize,
+}
+
+/// What one chunk of the op does.
+pub enum Job<'a> {
+    /// Some rows wholly.
+    Rows(Range<usize>),
+    /// One split of some rows; its part of z goes to row r, split s, of the shared (n, splits, outputs of E).
+    Split(Range<usize>, usize, &'a Parts<'a, f32>),
+    /// Gates and u of some rows, from their parts of z.
+    Finish(Range<usize>, &'a [f32]),
+}
+
+/// A thread's room: z of some rows, and one split's part of it.
+#[derive(Default)]
+pub struct Scratch {
+    z: Vec<f32>,
+    part: Vec<f32>,
+}
+
+impl Scratch {
+    /// Makes room for E's outputs; does nothing from the second call on.
+    pub fn reserve(&mut self, outputs: usize) {
+        if self.z.len() < ROWS * outputs {
+            self.z.resize(ROWS * outputs, 0.0);
+            self.part.resize(ROWS * outputs, 0.0);
+        }
+    }
+}
+
+/// A chunk as a kernel.
+pub struct Mix<'a>(
+    pub Context<'a>,
+    pub Job<'a>,
+    pub &'a mut Scratch,
+    pub &'a mut gemm::Scratch,
+);
+
+impl Kernel for Mix<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self(context, job, scratch, widened) = self;
+        match job {
+            Job::Rows(rows) => context.rows(simd, rows, scratch, widened),
+            Job::Split(rows, split, parts) => {
+                context.silu_mul(simd, &rows, split);
+                let Some((e, _)) = context.experts else {
+                    return;
+                };
+                let stride = context.splits() * e.outputs();
+                let y = parts
+                    .as_ptr()
+                    .wrapping_add(rows.start * stride + split * e.outputs());
+                assert!(rows.end * stride <= parts.len());
+                context.multiply(simd, e, &rows, split, (y, stride), widened);
+            }
+            Job::Finish(rows, parts) => context.finish_parts(rows, parts, scratch),
+        }
+    }
+}
+
+impl Context<'_> {
+    /// Splits of m.
+    pub fn splits(&self) -> usize {
+        self.m.div_ceil(SPLIT)
+    }
+
+    fn inputs(&self, split: usize) -> Range<usize> {
+        split * SPLIT..self.m.min((split + 1) * SPLIT)
+    }
+
+    #[inline(always)]
+    fn rows<S: Simd>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        scratch: &mut Scratch,
+        widened: &mut gemm::Scratch,
+    ) {
+        for first in rows.clone().step_by(ROWS) {
+            let rows = first..rows.end.min(first + ROWS);
+            for split in 0..self.splits() {
+                self.silu_mul(simd, &rows, split);
+                let Some((e, _)) = self.experts else {
+                    continue;
+                };
+                let outputs = e.outputs();
+                let part = if split == 0 {
+                    &mut scratch.z
+                } else {
+                    &mut scratch.part
+                };
+                self.multiply(simd, e, &rows, split, (part.as_mut_ptr(), outputs), widened);
+                if split > 0 {
+                    let part = &scratch.part[..rows.len() * outputs];
+                    scratch
+                        .z
+                        .iter_mut()
+                        .zip(part)
+                        .for_each(|(z, part)| *z += part);
+                }
+            }
+            if let Some((e, shape)) = self.experts {
+                for (row, z) in rows.zip(scratch.z.chunks_exact(e.outputs())) {
+                    self.finish(row, z, &shape);
+                }
+            }
+        }
+    }
+
+    /// h of one split of some rows.
+    #[inline(always)]
+    fn silu_mul<S: Simd>(&self, simd: S, rows: &Range<usize>, split: usize) {
+        let inputs = self.inputs(split);
+        for row in rows.clone() {
+            let (gate, up) = self.gate_up[row * 2 * self.m..][..2 * self.m].split_at(self.m);
+            // SAFETY: each split of each row is one chunk's.
+            let h = unsafe {
+                self.hu
+                    .slice(row * self.hu_width + inputs.start, inputs.len())
+            };
+            let (gate, up) = (&gate[inputs.clone()], &up[inputs.clone()]);
+            for at in (0..h.len()).step_by(LANES) {
+                let lanes = LANES.min(h.len() - at);
+                // SAFETY: all three are as long as the split.
+                unsafe {
+                    let gate = load_some(simd, gate.as_ptr().add(at), lanes);
+                    let up = load_some(simd, up.as_ptr().add(at), lanes);
+                    let product = simd.mul(silu(simd, gate), up);
+                    store_some(simd, h.as_mut_ptr().add(at), lanes, product);
+                }
+            }
+        }
+    }
+
+    /// One split's part of z = E h, rows `stride` apart from y on.
+    #[inline(always)]
+    fn multiply<S: Simd>(
+        &self,
+        simd: S,
+        e: &PackedMatrix,
+        rows: &Range<usize>,
+        split: usize,
+        (y, stride): (*mut f32, usize),
+        widened: &mut gemm::Scratch,
+    ) {
+        let x = self.hu.as_ptr().wrapping_add(rows.start * self.hu_width);
+        let product = Product {
+            matrix: e,
+            panels: 0..e.panels().len(),
+            inputs: self.inputs(split),
+            extension: false,
+            rows: 0..rows.len(),
+            x,
+            x_stride: self.hu_width,
+            y,
+            y_stride: stride,
+            add: false,
+        };
+        // SAFETY: h of this split was just written by this chunk; y has room for the rows' outputs of E, for this chunk alone.
+        unsafe { gemm::multiply(simd, &product, widened) }
+    }
+
+    /// Adds the parts of z in the order in which `rows` does.
+    fn finish_parts(&self, rows: Range<usize>, parts: &[f32], scratch: &mut Scratch) {
+        let Some((e, shape)) = self.experts else {
+            return;
+        };
+        let outputs = e.outputs();
+        for row in rows {
+            let parts = &parts[row * self.splits() * outputs..][..self.splits() * outputs];
+            let z = &mut scratch.z[..outputs];
+            for (split, part) in parts.chunks_exact(outputs).enumerate() {
+                match split {
+                    0 => z.copy_from_slice(part),
+                    _ => z.iter_mut().zip(part).for_each(|(z, part)| *z += part),
+                }
+            }
+            self.finish(row, z, &shape);
+        }
+    }
+
+    /// Gates and u of a row.
+    fn finish(&self, row: usize, z: &[f32], shape: &ExpertShape) {
+        let width = shape.width();
+        let rules = self.sequence_of(row).gates;
+        let alpha = rules.safety.apply(z[width] + shape.safety_bias);
+        let beta = rules
+            .helpfulness
+            .apply(z[width + 1] + shape.helpfulness_bias);
+        // SAFETY: a row is one chunk's.
+        let (u, gates) = unsafe {
+            let gates_at = row * self.gates_width + 2 * self.layer;
+            (
+                self.hu.slice(row * self.hu_width + self.m, width),
+                self.gates.slice(gates_at, 2),
+            )
+        };
+        for (j, u) in u.iter_mut().enumerate() {
+            *u = z[j] * if j < shape.safety_rank { alpha } else { beta };
+        }
+        gates.copy_from_slice(&[alpha, beta]);
+    }
+
+    fn sequence_of(&self, row: usize) -> HostSequence<'_> {
+        self.step.sequence(self.step.sequence_of(row))
+    }
+}

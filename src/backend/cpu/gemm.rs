@@ -1,0 +1,622 @@
+//! Matrix products over panels.
+//!
+//! One reduction order for every output: a single chain of fused multiply-adds over the inputs, ascending, then over the
+//! extension's. Lanes are outputs, so neither the number of rows, nor tiles, nor blocks of inputs (partial sums wait in `y`, f32
+//! as in the register) can change a bit.
+//!
+//! Bound: with few rows every weight is read once for few multiply-adds, so panels stream from memory, several at a time to
+//! hide the latency of a chain. With many rows a block of inputs of a panel is widened to f32 once and used by all rows.
+
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::pack::{Format, PackedMatrix, Panel};
+use super::simd::{Kernel, LANES, Simd, load_some, store_some};
+use crate::backend::Matrix;
+
+/// Inputs in a block; a multiple of every format's unit.
+const BLOCK: usize = 256;
+/// The same with few rows, where several panels share the scratch.
+const SMALL_BLOCK: usize = 64;
+/// Rows at most that stream the weights instead of widening them once.
+pub const FEW_ROWS: usize = 6;
+/// Rows whose inputs of one block stay in the second-level cache.
+const ROW_BLOCK: usize = 240;
+/// Panels in one tile at most.
+const PANELS_MAX: usize = 8;
+
+/// A thread's room for widened weights.
+#[repr(align(64))]
+pub struct Scratch([f32; PANELS_MAX * BLOCK * LANES]);
+
+impl Scratch {
+    /// Zeros.
+    pub fn boxed() -> Box<Self> {
+        Box::new(Self([0.0; PANELS_MAX * BLOCK * LANES]))
+    }
+}
+
+/// What is multiplied: rows `rows` of x (columns from `inputs.start` on meet the weights `inputs`) into y.
+#[derive(Clone)]
+pub struct Product<'a> {
+    /// The weights.
+    pub matrix: &'a PackedMatrix,
+    /// Panels to compute.
+    pub panels: Range<usize>,
+    /// Inputs to sum over, whole units.
+    pub inputs: Range<usize>,
+    /// Whether the extension is added; its inputs follow the matrix's last one in x.
+    pub extension: bool,
+    /// Rows of x and y.
+    pub rows: Range<usize>,
+    /// Row 0, input 0.
+    pub x: *const f32,
+    /// Numbers from one row of x to the next.
+    pub x_stride: usize,
+    /// Row 0, output 0.
+    pub y: *mut f32,
+    /// Numbers from one row of y to the next.
+    pub y_stride: usize,
+    /// Sums start from y instead of 0.
+    pub add: bool,
+}
+
+// SAFETY: the pointers are used under the contract of `multiply`, which the maker of the product upholds for its thread.
+unsafe impl Send for Product<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Product<'_> {}
+
+/// Runs one product as a kernel.
+pub struct Multiply<'a>(pub Product<'a>, pub &'a mut Scratch);
+
+impl Kernel for Multiply<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // SAFETY: whoever builds a `Multiply` upholds the contract of `multiply`.
+        unsafe { multiply(simd, &self.0, self.1) }
+    }
+}
+
+/// # Safety
+/// Rows of x must be readable for the inputs used, rows of y writable in the panels' outputs, and nobody else may use the latter.
+#[inline(always)]
+pub unsafe fn multiply<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
+    // SAFETY: by contract.
+    unsafe {
+        if const { S::ACCUMULATORS == 1 } {
+            for row in product.rows.clone() {
+                let product = Product {
+                    rows: row..row + 1,
+                    ..product.clone()
+                };
+                few_rows::<S, 1>(simd, &product, scratch);
+            }
+            return;
+        }
+        match product.rows.len() {
+            0 => {}
+            1 => few_rows::<S, 1>(simd, product, scratch),
+            2 => few_rows::<S, 2>(simd, product, scratch),
+            3 => few_rows::<S, 3>(simd, product, scratch),
+            4 => few_rows::<S, 4>(simd, product, scratch),
+            5 => few_rows::<S, 5>(simd, product, scratch),
+            6 => few_rows::<S, 6>(simd, product, scratch),
+            _ => many_rows(simd, product, scratch),
+        }
+    }
+}
+
+/// Where weights come from.
+pub trait Weights: Copy {
+    /// Sixteen weights, `at` numbers from the first.
+    ///
+    /// # Safety
+    /// A vector must be readable there.
+    unsafe fn load<S: Simd>(self, simd: S, at: usize) -> S::F;
+}
+
+/// f32, from the first on.
+#[derive(Clone, Copy)]
+pub struct F32s(pub *const f32);
+/// bf16, from the first on.
+#[derive(Clone, Copy)]
+pub struct Bf16s(pub *const u16);
+
+impl Weights for F32s {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, simd: S, at: usize) -> S::F {
+        // SAFETY: by contract.
+        unsafe { simd.load(self.0.add(at)) }
+    }
+}
+
+impl Weights for Bf16s {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, simd: S, at: usize) -> S::F {
+        // SAFETY: by contract.
+        unsafe { simd.load_bf16(self.0.add(at)) }
+    }
+}
+
+/// Where a tile's sums go.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// The first row's first output.
+    pub y: *mut f32,
+    /// Numbers from row to row.
+    pub stride: usize,
+    /// Outputs of the last panel.
+    pub lanes: usize,
+    /// Sums start from y instead of 0.
+    pub add: bool,
+}
+
+/// R rows of x against P panels: sums over segments of inputs, one behind the other in x, each anywhere among the weights.
+///
+/// Whoever makes one vouches that all it names is readable, y writable, and that nobody else uses y.
+#[derive(Clone, Copy)]
+pub struct Tile<'a, W, const R: usize, const P: usize> {
+    /// All weights.
+    pub weights: W,
+    /// Where each segment's weights start in each panel, in numbers from the first.
+    pub segments: &'a [[usize; P]],
+    /// Numbers from the weights of one input to those of the next.
+    pub stride: usize,
+    /// Inputs in a segment.
+    pub count: usize,
+    /// The first row's first input.
+    pub x: *const f32,
+    /// Numbers from row to row.
+    pub x_stride: usize,
+    /// Where the sums go.
+    pub target: Target,
+}
+
+impl<W: Weights, const R: usize, const P: usize> Kernel for Tile<'_, W, R, P> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // SAFETY: vouched for by the maker of the tile.
+        unsafe {
+            let mut sums = self.begin(simd);
+            let mut x = self.x;
+            for segment in self.segments {
+                for k in 0..self.count {
+                    let mut w = [simd.splat(0.0); P];
+                    for p in 0..P {
+                        w[p] = self.weights.load(simd, segment[p] + k * self.stride);
+                    }
+                    for r in 0..R {
+                        let x = simd.splat(*x.add(r * self.x_stride + k));
+                        for p in 0..P {
+                            sums[r][p] = simd.fma(x, w[p], sums[r][p]);
+                        }
+                    }
+                }
+                x = x.add(self.count);
+            }
+            self.finish(simd, sums);
+        }
+    }
+}
+
+impl<W: Weights, const R: usize, const P: usize> Tile<'_, W, R, P> {
+    /// # Safety
+    /// The tile of y must be readable.
+    #[inline(always)]
+    unsafe fn begin<S: Simd>(&self, simd: S) -> [[S::F; P]; R] {
+        let Target {
+            y,
+            stride,
+            lanes,
+            add,
+        } = self.target;
+        let mut sums = [[simd.splat(0.0); P]; R];
+        if add {
+            for r in 0..R {
+                for p in 0..P {
+                    let lanes = if p + 1 == P { lanes } else { LANES };
+                    // SAFETY: by contract.
+                    sums[r][p] = unsafe { load_some(simd, y.add(r * stride + p * LANES), lanes) };
+                }
+            }
+        }
+        sums
+    }
+
+    /// # Safety
+    /// The tile of y must be writable.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&self, simd: S, sums: [[S::F; P]; R]) {
+        let Target {
+            y, stride, lanes, ..
+        } = self.target;
+        for r in 0..R {
+            for p in 0..P {
+                let lanes = if p + 1 == P { lanes } else { LANES };
+                // SAFETY: by contract.
+                unsafe { store_some(simd, y.add(r * stride + p * LANES), lanes, sums[r][p]) };
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    fn x_at(&self, row: usize, input: usize) -> *const f32 {
+        self.x.wrapping_add(row * self.x_stride + input)
+    }
+
+    fn target(&self, row: usize, panel: &Panel, lanes: usize, add: bool) -> Target {
+        Target {
+            y: self.y.wrapping_add(row * self.y_stride + panel.first),
+            stride: self.y_stride,
+            lanes,
+            add,
+        }
+    }
+}
+
+/// Panels in a tile of `rows`: as many as the registers hold.
+pub const fn panels_beside(accumulators: usize, rows: usize) -> usize {
+    match accumulators / rows {
+        0 | 1 => 1,
+        2 | 3 => 2,
+        _ => 4,
+    }
+}
+
+/// All R rows of the product against each panel in turn, as many panels at a time as there are registers for.
+///
+/// # Safety
+/// As `multiply`.
+#[inline(always)]
+unsafe fn few_rows<S: Simd, const R: usize>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
+    // SAFETY: by contract.
+    unsafe {
+        if const { panels_beside(S::ACCUMULATORS, R) == 4 } {
+            few_rows_by::<S, R, 4>(simd, product, scratch);
+        } else if const { panels_beside(S::ACCUMULATORS, R) == 2 } {
+            few_rows_by::<S, R, 2>(simd, product, scratch);
+        } else {
+            few_rows_by::<S, R, 1>(simd, product, scratch);
+        }
+    }
+}
+
+/// # Safety
+/// As `multiply`.
+#[inline(always)]
+unsafe fn few_rows_by<S: Simd, const R: usize, const P: usize>(
+    simd: S,
+    product: &Product<'_>,
+    scratch: &mut Scratch,
+) {
+    let mut panels = &product.matrix.panels()[product.panels.clone()];
+    while let Some(first) = panels.first() {
+        // Panels of one part are contiguous in y, all full but the last.
+        let group = panels.first_chunk::<P>().filter(|group| {
+            let alike = |panel: &Panel| panel.lanes == LANES && panel.format == first.format;
+            P > 1 && group.iter().all(alike)
+        });
+        // SAFETY: by contract.
+        unsafe {
+            match group {
+                Some(group) => few_rows_tile::<S, R, P>(simd, product, group, scratch),
+                None => few_rows_tile::<S, R, 1>(simd, product, &[*first], scratch),
+            }
+        }
+        panels = &panels[group.map_or(1, |group| group.len())..];
+    }
+}
+
+/// # Safety
+/// As `multiply`; all panels of the group have the same outputs and format.
+#[inline(always)]
+unsafe fn few_rows_tile<S: Simd, const R: usize, const P: usize>(
+    simd: S,
+    product: &Product<'_>,
+    group: &[Panel; P],
+    scratch: &mut Scratch,
+) {
+    let (matrix, inputs, row) = (product.matrix, &product.inputs, product.rows.start);
+    let lanes = group[0].lanes;
+    let target = product.target(row, &group[0], lanes, product.add);
+    let tile = Tile::<_, R, P> {
+        weights: F32s(std::ptr::null()),
+        segments: &[[0; P]],
+        stride: lanes,
+        count: inputs.len(),
+        x: product.x_at(row, inputs.start),
+        x_stride: product.x_stride,
+        target,
+    };
+    let first = matrix.weights(&group[0]);
+    let (step, start) = (matrix.panel_bytes(&group[0]), inputs.start * lanes);
+    match group[0].format {
+        Format::F32 => {
+            let segments = &[std::array::from_fn(|p| start + p * step / 4)];
+            simd.call(Tile {
+                weights: F32s(first.cast()),
+                segments,
+                ..tile
+            });
+        }
+        Format::BF16 => {
+            let weights = Bf16s(first.cast());
+            let Tile {
+                stride,
+                count,
+                x,
+                x_stride,
+                ..
+            } = tile;
+            let segments = &[std::array::from_fn(|p| start + p * step / 2)];
+            simd.call(Tile::<_, R, P> {
+                weights,
+                segments,
+                stride,
+                count,
+                x,
+                x_stride,
+                target,
+            });
+        }
+        Format::F16 | Format::Quant(_) => {
+            // SAFETY: by contract.
+            unsafe { widened_tile::<S, R, P>(simd, product, group, scratch) };
+        }
+    }
+    if product.extension {
+        let segments = &[std::array::from_fn(|p| p * step / 4)];
+        simd.call(Tile {
+            weights: F32s(matrix.extension(&group[0])),
+            segments,
+            count: matrix.extension_inputs(),
+            x: product.x_at(row, matrix.inputs()),
+            target: Target {
+                add: true,
+                ..target
+            },
+            ..tile
+        });
+    }
+}
+
+/// A tile of panels that are widened first, some inputs at a time.
+///
+/// # Safety
+/// As `few_rows_tile`.
+#[inline(always)]
+unsafe fn widened_tile<S: Simd, const R: usize, const P: usize>(
+    simd: S,
+    product: &Product<'_>,
+    group: &[Panel; P],
+    scratch: &mut Scratch,
+) {
+    let unit = match group[0].format {
+        Format::Quant(quant) => quant.unit_len(),
+        _ => 1,
+    };
+    let (block, row) = (SMALL_BLOCK.max(unit), product.rows.start);
+    for input in product.inputs.clone().step_by(block) {
+        let inputs = input..product.inputs.end.min(input + block);
+        for (p, panel) in group.iter().enumerate() {
+            simd.call(Widen {
+                matrix: product.matrix,
+                panel,
+                inputs: inputs.clone(),
+                out: &mut scratch.0[p * block * LANES..][..block * LANES],
+            });
+        }
+        let add = product.add || input > product.inputs.start;
+        simd.call(Tile::<_, R, P> {
+            weights: F32s(scratch.0.as_ptr()),
+            segments: &[std::array::from_fn(|p| p * block * LANES)],
+            stride: LANES,
+            count: inputs.len(),
+            x: product.x_at(row, input),
+            x_stride: product.x_stride,
+            target: product.target(row, &group[0], group[0].lanes, add),
+        });
+    }
+}
+
+/// Widens some inputs (whole units) of a panel into (inputs, LANES).
+struct Widen<'a> {
+    matrix: &'a PackedMatrix,
+    panel: &'a Panel,
+    inputs: Range<usize>,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (weights, lanes) = (self.matrix.weights(self.panel), self.panel.lanes);
+        assert!(self.inputs.end <= self.matrix.inputs());
+        let (out, _) = self.out.as_chunks_mut::<LANES>();
+        let floats = out.iter_mut().zip(self.inputs.clone());
+        // SAFETY: the panel's weights are where `PackedMatrix` says, the inputs are its (asserted), and `out` is a slice that
+        // `zip` and `chunks` keep within.
+        unsafe {
+            match self.panel.format {
+                Format::F32 => floats.for_each(|(out, k)| {
+                    simd.store(
+                        out.as_mut_ptr(),
+                        simd.load(weights.cast::<f32>().add(k * lanes)),
+                    );
+                }),
+                Format::BF16 => floats.for_each(|(out, k)| {
+                    let w = simd.load_bf16(weights.cast::<u16>().add(k * lanes));
+                    simd.store(out.as_mut_ptr(), w);
+                }),
+                Format::F16 => floats.for_each(|(out, k)| {
+                    let w = simd.load_f16(weights.cast::<u16>().add(k * lanes));
+                    simd.store(out.as_mut_ptr(), w);
+                }),
+                Format::Quant(quant) => {
+                    let len = quant.unit_len();
+                    let units = self.inputs.start / len..self.inputs.end / len;
+                    for (unit, out) in units.zip(out.chunks_exact_mut(len)) {
+                        let unit = weights.add(unit * quant.unit_bytes());
+                        quant.widen(simd, unit, out.as_mut_ptr().cast());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of rows, blocks of inputs, panels, tiles: each block of a panel is widened once for a block of rows.
+///
+/// # Safety
+/// As `multiply`.
+#[inline(always)]
+unsafe fn many_rows<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
+    for row in product.rows.clone().step_by(ROW_BLOCK) {
+        let rows = row..product.rows.end.min(row + ROW_BLOCK);
+        for input in product.inputs.clone().step_by(BLOCK) {
+            let inputs = input..product.inputs.end.min(input + BLOCK);
+            let add = product.add || input > product.inputs.start;
+            // SAFETY: by contract. Wide registers need two panels for their many sums.
+            unsafe {
+                if const { S::ACCUMULATORS >= 24 } {
+                    block::<S, 2>(simd, product, &rows, inputs, add, scratch);
+                } else {
+                    block::<S, 1>(simd, product, &rows, inputs, add, scratch);
+                }
+            }
+        }
+    }
+}
+
+/// One block of rows and inputs against all panels, P at a time where as many are alike; after the last inputs the extension.
+///
+/// # Safety
+/// As `multiply`.
+#[inline(always)]
+unsafe fn block<S: Simd, const P: usize>(
+    simd: S,
+    product: &Product<'_>,
+    rows: &Range<usize>,
+    inputs: Range<usize>,
+    add: bool,
+    scratch: &mut Scratch,
+) {
+    let mut panels = &product.matrix.panels()[product.panels.clone()];
+    while let Some(first) = panels.first() {
+        let group = panels.first_chunk::<P>().filter(|group| {
+            let alike = |panel: &Panel| panel.lanes == LANES && panel.format == first.format;
+            P > 1 && group.iter().all(alike)
+        });
+        // SAFETY: by contract.
+        unsafe {
+            match group {
+                Some(group) => {
+                    block_group::<S, P>(simd, product, group, rows, inputs.clone(), add, scratch);
+                }
+                None => {
+                    let group = [*first];
+                    block_group::<S, 1>(simd, product, &group, rows, inputs.clone(), add, scratch);
+                }
+            }
+        }
+        panels = &panels[group.map_or(1, |group| group.len())..];
+    }
+}
+
+/// # Safety
+/// As `multiply`; all panels of the group have the same outputs and format.
+#[inline(always)]
+unsafe fn block_group<S: Simd, const P: usize>(
+    simd: S,
+    product: &Product<'_>,
+    group: &[Panel; P],
+    rows: &Range<usize>,
+    inputs: Range<usize>,
+    add: bool,
+    scratch: &mut Scratch,
+) {
+    let (matrix, lanes) = (product.matrix, group[0].lanes);
+    let step = matrix.panel_bytes(&group[0]) / 4;
+    let (weights, step_here, stride) = if group[0].format == Format::F32 {
+        let weights: *const f32 = matrix.weights(&group[0]).cast();
+        (weights.wrapping_add(inputs.start * lanes), step, lanes)
+    } else {
+        for (panel, out) in group.iter().zip(scratch.0.chunks_exact_mut(BLOCK * LANES)) {
+            let inputs = inputs.clone();
+            simd.call(Widen {
+                matrix,
+                panel,
+                inputs,
+                out,
+            });
+        }
+        (scratch.0.as_ptr(), BLOCK * LANES, LANES)
+    };
+    let tile = Tile::<_, 1, P> {
+        weights: F32s(weights),
+        segments: &[std::array::from_fn(|p| p * step_here)],
+        stride,
+        count: inputs.len(),
+        x: product.x_at(0, inputs.start),
+        x_stride: product.x_stride,
+        target: product.target(0, &group[0], lanes, add),
+    };
+    rows_by_tiles(simd, &tile, rows);
+    if product.extension && inputs.end == product.inputs.end {
+        let extension = Tile {
+            weights: F32s(matrix.extension(&group[0])),
+            segments: &[std::array::from_fn(|p| p * step)],
+            stride: lanes,
+            count: matrix.extension_inputs(),
+            x: product.x_at(0, matrix.inputs()),
+            target: product.target(0, &group[0], lanes, true),
+            ..tile
+        };
+        rows_by_tiles(simd, &extension, rows);
+    }
+}
+
+/// All `rows` against the panels of `tile` (row 0's), in the largest tiles that the registers hold.
+#[inline(always)]
+fn rows_by_tiles<S: Simd, const P: usize>(
+    simd: S,
+    tile: &Tile<'_, F32s, 1, P>,
+    rows: &Range<usize>,
+) {
+    let mut row = rows.start;
+    while row < rows.end {
+        let left = rows.end - row;
+        row += if const { S::ACCUMULATORS >= 12 * P } && left >= 12 {
+            call_rows::<S, 12, P>(simd, tile, row)
+        } else if const { S::ACCUMULATORS >= 6 * P } && left >= 6 {
+            call_rows::<S, 6, P>(simd, tile, row)
+        } else if const { S::ACCUMULATORS >= 6 * P } && left >= 3 {
+            call_rows::<S, 3, P>(simd, tile, row)
+        } else {
+            call_rows::<S, 1, P>(simd, tile, row)
+        };
+    }
+}
+
+#[inline(always)]
+fn call_rows<S: Simd, const R: usize, const P: usize>(
+    simd: S,
+    tile: &Tile<'_, F32s, 1, P>,
+    row: usize,
+) -> usize {
+    simd.call(Tile::<_, R, P> {
+        weights: tile.weights,
+        segments: tile.segments,
+        stride: tile.stride,
+        count: tile.count,
+        x: tile.x.wrapping_add(row * tile.x_stride),
+        x_stride: tile.x_stride,
+        target: Target {
+            y: tile.target.y.wrapping_add(row * tile.target.stride),
+            ..tile.target
+        },
+    });
+    R
+}

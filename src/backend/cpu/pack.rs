@@ -1,0 +1,303 @@
+//! Weights in the order in which the kernels read them: panels of sixteen outputs, each contiguous over all inputs.
+//!
+//! A panel of a float format is (inputs, lanes), so that one load takes one input's weights of all its outputs; a panel of a
+//! block format is units of [`Quant`]. The last panel of a part holds fewer outputs: a float panel is then narrower, and a
+//! load of sixteen lanes reads into the next input, whose lanes nobody looks at. Behind its weights a panel carries its
+//! outputs of the extension, f32 (extension inputs, lanes).
+
+#![allow(unsafe_code)]
+
+use half::{bf16, f16};
+
+use super::memory::{Arena, Memory};
+use super::pool::{Parts, Pool};
+use super::quant::Quant;
+use super::simd::LANES;
+use crate::backend::ops::bind_parts;
+use crate::backend::{BackendError, HostMatrix, Matrix, WeightFormat};
+use crate::dtype::DType;
+
+/// Every panel starts on a cache line.
+const ALIGN: usize = 64;
+/// A vector load at the last weight may read this far past it.
+const SLACK: usize = LANES * size_of::<f32>();
+/// Inputs widened at a time while packing.
+const CHUNK: usize = 256;
+
+/// How a panel is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// (inputs, lanes) f32.
+    F32,
+    /// (inputs, lanes) f16.
+    F16,
+    /// (inputs, lanes) bf16.
+    BF16,
+    /// Units of a block format.
+    Quant(Quant),
+}
+
+impl Format {
+    fn of(dtype: DType, format: WeightFormat) -> Self {
+        match (Quant::of(dtype), format, dtype) {
+            (Some(quant), ..) => Self::Quant(quant),
+            (_, WeightFormat::F32, _) | (_, WeightFormat::Stored, DType::F32) => Self::F32,
+            (_, WeightFormat::BF16, _) | (_, WeightFormat::Stored, DType::BF16) => Self::BF16,
+            (_, WeightFormat::Stored, _) => Self::F16,
+        }
+    }
+
+    fn panel_bytes(self, inputs: usize, lanes: usize) -> usize {
+        match self {
+            Self::F32 => 4 * inputs * lanes,
+            Self::F16 | Self::BF16 => 2 * inputs * lanes,
+            Self::Quant(quant) => inputs / quant.unit_len() * quant.unit_bytes(),
+        }
+    }
+}
+
+/// Up to sixteen outputs.
+#[derive(Clone, Copy, Debug)]
+pub struct Panel {
+    /// Its first output.
+    pub first: usize,
+    /// Its outputs.
+    pub lanes: usize,
+    /// Storage of its weights.
+    pub format: Format,
+    /// Where its weights start.
+    at: usize,
+    /// Where its extension starts.
+    extension_at: usize,
+}
+
+/// A matrix in panels.
+pub struct PackedMatrix {
+    outputs: usize,
+    inputs: usize,
+    extension_inputs: usize,
+    panels: Vec<Panel>,
+    bytes: Memory<u8>,
+}
+
+impl Matrix for PackedMatrix {
+    fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    fn extension_inputs(&self) -> usize {
+        self.extension_inputs
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+impl PackedMatrix {
+    /// Stacks `parts` and packs them in parallel, one panel a chunk. Packing the same parts twice gives the same bytes.
+    pub fn pack(
+        pool: &Pool,
+        arena: &mut Arena,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<Self, BackendError> {
+        let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
+        let mut panels = Vec::with_capacity(outputs / LANES + parts.len());
+        let mut sources = Vec::with_capacity(panels.capacity());
+        let (mut first, mut end) = (0, 0);
+        for (index, part) in parts.iter().enumerate() {
+            let format = Format::of(part.dtype, format);
+            for row in (0..part.rows).step_by(LANES) {
+                let lanes = LANES.min(part.rows - row);
+                let at = end;
+                // No overflow: `bind_parts` saw all these weights in memory, and repacking at most quadruples a size.
+                let extension_at = at + format.panel_bytes(inputs, lanes);
+                let extension_at = extension_at.next_multiple_of(ALIGN);
+                end = (extension_at + 4 * extension_inputs * lanes).next_multiple_of(ALIGN);
+                sources.push((index, row));
+                panels.push(Panel {
+                    first,
+                    lanes,
+                    format,
+                    at,
+                    extension_at,
+                });
+                first += lanes;
+            }
+        }
+        let mut bytes = arena.zeroed::<u8>("weights", end + SLACK)?;
+        let out = Parts::new(&mut bytes);
+        pool.for_each(panels.len(), &|_, i| {
+            let (panel, (part, row)) = (&panels[i], sources[i]);
+            let len = panel.format.panel_bytes(inputs, panel.lanes);
+            // SAFETY: panels do not overlap, and each is one chunk.
+            let (weights, tail) = unsafe {
+                let tail = out.slice(panel.extension_at, 4 * extension_inputs * panel.lanes);
+                (out.slice(panel.at, len), tail)
+            };
+            pack_panel(&parts[part], row, panel, weights);
+            if let Some(extension) = &extension {
+                pack_floats(extension, panel.first, panel.lanes, Format::F32, tail);
+            }
+        });
+        Ok(Self {
+            outputs,
+            inputs,
+            extension_inputs,
+            panels,
+            bytes,
+        })
+    }
+
+    /// All panels, in order of their outputs.
+    pub fn panels(&self) -> &[Panel] {
+        &self.panels
+    }
+
+    /// The weights of a panel: `inputs` of them, and then at least one more vector that may be read.
+    #[inline(always)]
+    pub fn weights(&self, panel: &Panel) -> *const u8 {
+        // Within the memory by construction; the assertion is a comparison a panel.
+        assert!(panel.at < self.bytes.len());
+        self.bytes.as_ptr().wrapping_add(panel.at)
+    }
+
+    /// The extension of a panel, as [`Self::weights`].
+    #[inline(always)]
+    pub fn extension(&self, panel: &Panel) -> *const f32 {
+        assert!(panel.extension_at < self.bytes.len());
+        self.bytes.as_ptr().wrapping_add(panel.extension_at).cast()
+    }
+
+    /// Bytes from one panel to the next of the same part.
+    #[inline(always)]
+    pub fn panel_bytes(&self, panel: &Panel) -> usize {
+        let bytes = panel.extension_at - panel.at + 4 * self.extension_inputs * panel.lanes;
+        bytes.next_multiple_of(ALIGN)
+    }
+
+    /// Writes the weights of one output, widened, without its extension.
+    ///
+    /// # Panics
+    /// When there is no such output, or `out` is not as long as the inputs.
+    pub fn row(&self, output: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.inputs);
+        let index = self.panels.partition_point(|panel| panel.first <= output);
+        let panel = &self.panels[index - 1];
+        let lane = output - panel.first;
+        let weights = &self.bytes[panel.at..][..panel.format.panel_bytes(self.inputs, panel.lanes)];
+        let lanes = panel.lanes;
+        match panel.format {
+            Format::F32 => {
+                let numbers = &weights.as_chunks::<4>().0[lane..];
+                let column = numbers.iter().step_by(lanes);
+                out.iter_mut()
+                    .zip(column)
+                    .for_each(|(x, b)| *x = f32::from_ne_bytes(*b));
+            }
+            Format::F16 => {
+                let numbers = &weights.as_chunks::<2>().0[lane..];
+                let column = numbers
+                    .iter()
+                    .step_by(lanes)
+                    .map(|b| f16::from_ne_bytes(*b));
+                out.iter_mut()
+                    .zip(column)
+                    .for_each(|(x, w)| *x = w.to_f32());
+            }
+            Format::BF16 => {
+                let numbers = &weights.as_chunks::<2>().0[lane..];
+                let column = numbers
+                    .iter()
+                    .step_by(lanes)
+                    .map(|b| bf16::from_ne_bytes(*b));
+                out.iter_mut()
+                    .zip(column)
+                    .for_each(|(x, w)| *x = w.to_f32());
+            }
+            Format::Quant(quant) => {
+                let units = weights.chunks_exact(quant.unit_bytes());
+                for (unit, out) in units.zip(out.chunks_exact_mut(quant.unit_len())) {
+                    for (k, x) in out.iter_mut().enumerate() {
+                        *x = quant.value(unit, lane, k);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn pack_panel(part: &HostMatrix<'_>, row: usize, panel: &Panel, out: &mut [u8]) {
+    let Format::Quant(quant) = panel.format else {
+        return pack_floats(part, row, panel.lanes, panel.format, out);
+    };
+    for lane in 0..panel.lanes {
+        let blocks = part
+            .row_bytes(row + lane)
+            .chunks_exact(part.dtype.block_bytes());
+        for (block, unit) in blocks.zip(out.chunks_exact_mut(quant.unit_bytes())) {
+            quant.interleave(block, lane, unit);
+        }
+    }
+}
+
+/// Packs `lanes` rows from `row` on as (cols, lanes) of a float `format`.
+fn pack_floats(part: &HostMatrix<'_>, row: usize, lanes: usize, format: Format, out: &mut [u8]) {
+    for lane in 0..lanes {
+        let bytes = part.row_bytes(row + lane);
+        match (part.dtype, format) {
+            (DType::F32, Format::F32) => transpose::<4>(bytes, lane, lanes, out),
+            (DType::BF16, Format::BF16) | (DType::F16, Format::F16) => {
+                transpose::<2>(bytes, lane, lanes, out);
+            }
+            _ => convert(part, bytes, lane, lanes, format, out),
+        }
+    }
+}
+
+/// Copies a row of numbers of SIZE bytes into column `lane` of `out`.
+fn transpose<const SIZE: usize>(row: &[u8], lane: usize, lanes: usize, out: &mut [u8]) {
+    let column = out.as_chunks_mut::<SIZE>().0[lane..]
+        .iter_mut()
+        .step_by(lanes);
+    for (to, from) in column.zip(row.as_chunks::<SIZE>().0) {
+        // Files are little-endian, kernels native.
+        *to = *from;
+        if cfg!(target_endian = "big") {
+            to.reverse();
+        }
+    }
+}
+
+fn convert(
+    part: &HostMatrix<'_>,
+    row: &[u8],
+    lane: usize,
+    lanes: usize,
+    format: Format,
+    out: &mut [u8],
+) {
+    let (len, bytes) = (part.dtype.block_len(), part.dtype.block_bytes());
+    let chunk = CHUNK / len * bytes;
+    let mut wide = [0.0f32; CHUNK];
+    for (index, row) in row.chunks(chunk).enumerate() {
+        let wide = &mut wide[..row.len() / bytes * len];
+        part.dtype.widen(row, wide);
+        let at = index * CHUNK * lanes + lane;
+        if format == Format::F32 {
+            let column = out.as_chunks_mut::<4>().0[at..].iter_mut().step_by(lanes);
+            column.zip(wide).for_each(|(to, x)| *to = x.to_ne_bytes());
+        } else {
+            let column = out.as_chunks_mut::<2>().0[at..].iter_mut().step_by(lanes);
+            column
+                .zip(wide)
+                .for_each(|(to, x)| *to = bf16::from_f32(*x).to_ne_bytes());
+        }
+    }
+}
