@@ -310,3 +310,158 @@ fn widen_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::borrow::Cow;
+
+    use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+    use candle_core::{Device, Tensor};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// candle's name of a block format.
+    fn ggml(dtype: DType) -> Option<GgmlDType> {
+        Some(match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => return None,
+            DType::Q8_0 => GgmlDType::Q8_0,
+            DType::Q4_0 => GgmlDType::Q4_0,
+            DType::Q4_1 => GgmlDType::Q4_1,
+            DType::Q5_0 => GgmlDType::Q5_0,
+            DType::Q5_1 => GgmlDType::Q5_1,
+            DType::Q4K => GgmlDType::Q4K,
+            DType::Q5K => GgmlDType::Q5K,
+            DType::Q6K => GgmlDType::Q6K,
+        })
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    fn check_against_candle(dtype: DType, theirs: &QTensor) {
+        let bytes = theirs.data().unwrap();
+        let mut ours = vec![0.0; theirs.shape().elem_count()];
+        dtype.widen(&bytes, &mut ours);
+        let theirs = theirs.dequantize(&Device::Cpu).unwrap();
+        let theirs = theirs.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(bits(&ours), bits(&theirs), "{}", dtype.as_str());
+    }
+
+    /// Bytes of whole blocks whose scales are finite: any byte is a legal weight, but not the exponent of an infinity.
+    fn finite_blocks(dtype: DType, random: &[u8]) -> Vec<u8> {
+        let mut bytes = random.to_vec();
+        bytes.truncate(bytes.len() / dtype.block_bytes() * dtype.block_bytes());
+        for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
+            for at in scales(dtype) {
+                block[at + 1] &= 0xbf;
+            }
+        }
+        bytes
+    }
+
+    /// Where a block's f16 numbers are.
+    fn scales(dtype: DType) -> Vec<usize> {
+        match dtype {
+            DType::F32 | DType::BF16 => vec![],
+            DType::F16 | DType::Q8_0 | DType::Q4_0 | DType::Q5_0 => vec![0],
+            DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => vec![0, 2],
+            DType::Q6K => vec![208],
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn widen_when_candle_quantised_the_numbers_equals_its_dequantisation(
+            values in prop::collection::vec(-4f32..4.0, 512),
+        ) {
+            let values = Tensor::from_vec(values, (2, 256), &Device::Cpu).unwrap();
+            for dtype in DType::ALL {
+                if let Some(ggml) = ggml(dtype) {
+                    check_against_candle(dtype, &QTensor::quantize(&values, ggml).unwrap());
+                }
+            }
+        }
+
+        #[test]
+        fn widen_when_blocks_hold_any_bytes_equals_candles_dequantisation(
+            random in prop::collection::vec(any::<u8>(), 4 * 210),
+        ) {
+            for dtype in DType::ALL {
+                if let Some(ggml) = ggml(dtype) {
+                    let bytes = finite_blocks(dtype, &random);
+                    let elements = bytes.len() / dtype.block_bytes() * dtype.block_len();
+                    let storage = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, ggml).unwrap();
+                    check_against_candle(dtype, &QTensor::new(storage, (1, elements)).unwrap());
+                }
+            }
+        }
+
+        #[test]
+        fn first_non_finite_when_bytes_are_any_is_the_block_of_the_first_that_widens_to_one(
+            random in prop::collection::vec(prop_oneof![3 => any::<u8>(), 1 => Just(0xffu8), 4 => Just(0u8)], 4 * 210),
+        ) {
+            for dtype in DType::ALL {
+                let bytes = &random[..random.len() / dtype.block_bytes() * dtype.block_bytes()];
+                let mut values = vec![0.0; bytes.len() / dtype.block_bytes() * dtype.block_len()];
+                dtype.widen(bytes, &mut values);
+                let want = values
+                    .iter()
+                    .position(|value| !value.is_finite())
+                    .map(|at| at / dtype.block_len() * dtype.block_len());
+                prop_assert_eq!(dtype.first_non_finite(bytes), want, "{}", dtype.as_str());
+            }
+        }
+    }
+
+    #[test]
+    fn widen_when_the_format_is_plain_is_exact() {
+        for value in [0.0, -0.0, 1.0, -2.5, 65504.0, 6.103_515_6e-5, 0.333_251_95] {
+            let mut out = [0.0; 1];
+            DType::F32.widen(&f32::to_le_bytes(value), &mut out);
+            assert_eq!(out[0].to_bits(), value.to_bits());
+            DType::F16.widen(&f16::from_f32(value).to_le_bytes(), &mut out);
+            assert_eq!(out[0].to_bits(), f16::from_f32(value).to_f32().to_bits());
+            DType::BF16.widen(&bf16::from_f32(value).to_le_bytes(), &mut out);
+            assert_eq!(out[0].to_bits(), bf16::from_f32(value).to_f32().to_bits());
+        }
+    }
+
+    #[test]
+    fn first_non_finite_when_a_scale_is_infinite_names_its_block() {
+        for dtype in DType::ALL {
+            for scale in scales(dtype) {
+                let mut bytes = vec![0; 3 * dtype.block_bytes()];
+                assert_eq!(dtype.first_non_finite(&bytes), None);
+                let at = dtype.block_bytes() + scale;
+                bytes[at..at + 2].copy_from_slice(&f16::INFINITY.to_le_bytes());
+                assert_eq!(dtype.first_non_finite(&bytes), Some(dtype.block_len()));
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_of_when_elements_are_no_whole_blocks_or_too_many_is_none() {
+        for (dtype, elements, want) in [
+            (DType::F32, 3, Some(12)),
+            (DType::BF16, 3, Some(6)),
+            (DType::Q8_0, 64, Some(68)),
+            (DType::Q8_0, 63, None),
+            (DType::Q6K, 512, Some(420)),
+            (DType::Q6K, 32, None),
+            (DType::F32, usize::MAX, None),
+        ] {
+            assert_eq!(
+                dtype.bytes_of(elements),
+                want,
+                "{} {elements}",
+                dtype.as_str()
+            );
+        }
+    }
+}
