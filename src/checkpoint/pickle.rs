@@ -172,6 +172,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// One opcode. The table of all that there are: long, and one line of thought.
     fn step(&mut self) -> Result<Step, String> {
         let [opcode] = self.take_array()?;
         match opcode {

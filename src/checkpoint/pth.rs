@@ -310,3 +310,265 @@ fn entry(
     std::io::copy(&mut entry, &mut std::io::sink()).map_err(|error| broken(&error))?;
     Ok((name, range))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::Write;
+
+    use zip::write::{SimpleFileOptions, ZipWriter};
+
+    use super::*;
+
+    /// A tensor as a pickle claims it: storage type, key, elements, offset, shape, strides.
+    struct Claim {
+        storage: &'static str,
+        elements: i32,
+        offset: i32,
+        shape: &'static [i32],
+        strides: &'static [i32],
+    }
+
+    const GOOD: Claim = Claim {
+        storage: "FloatStorage",
+        elements: 8,
+        offset: 2,
+        shape: &[2, 3],
+        strides: &[3, 1],
+    };
+
+    fn string(pickle: &mut Vec<u8>, text: &str) {
+        pickle.push(b'X');
+        pickle.extend((text.len() as u32).to_le_bytes());
+        pickle.extend(text.as_bytes());
+    }
+
+    fn int(pickle: &mut Vec<u8>, int: i32) {
+        pickle.push(b'J');
+        pickle.extend(int.to_le_bytes());
+    }
+
+    fn ints(pickle: &mut Vec<u8>, values: &[i32]) {
+        pickle.push(b'(');
+        values.iter().for_each(|value| int(pickle, *value));
+        pickle.push(b't');
+    }
+
+    /// `{"gate": {"weight": tensor}}`.
+    fn pickled(claim: &Claim) -> Vec<u8> {
+        let mut pickle = b"\x80\x02}".to_vec();
+        string(&mut pickle, "gate");
+        pickle.push(b'}');
+        string(&mut pickle, "weight");
+        pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        string(&mut pickle, "storage");
+        pickle.extend(format!("ctorch\n{}\n", claim.storage).as_bytes());
+        string(&mut pickle, "0");
+        string(&mut pickle, "cuda:0");
+        int(&mut pickle, claim.elements);
+        pickle.extend(b"tQ");
+        int(&mut pickle, claim.offset);
+        ints(&mut pickle, claim.shape);
+        ints(&mut pickle, claim.strides);
+        pickle.extend(b"\x89}tRss.");
+        pickle
+    }
+
+    fn archive(records: &[(&str, &[u8])]) -> Vec<u8> {
+        let options =
+            SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+        let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+        for (name, bytes) in records {
+            zip.start_file(*name, options).unwrap();
+            zip.write_all(bytes).unwrap();
+        }
+        zip.finish().unwrap().into_inner()
+    }
+
+    fn read_bytes(bytes: Vec<u8>) -> Result<TensorFile, String> {
+        // Leaked, which a test of a few bytes may do: embedded files live as long as the program.
+        let bytes = FileBytes::Static(bytes.leak());
+        read(Path::new("router.pth"), &bytes).map_err(|error| error.to_string())
+    }
+
+    fn read_claim(claim: &Claim, record: &[u8]) -> Result<Vec<f32>, String> {
+        let pickle = pickled(claim);
+        let bytes = archive(&[
+            ("r/data.pkl", &pickle),
+            ("r/byteorder", b"little"),
+            ("r/data/0", record),
+        ]);
+        let mut tensors = read_bytes(bytes)?;
+        let named = tensors
+            .take("gate.weight", &[2, 3], "")
+            .map_err(|error| error.to_string())?;
+        Ok(named.tensor.to_f32())
+    }
+
+    fn floats() -> Vec<u8> {
+        (0..8u8)
+            .flat_map(|value| f32::from(value).to_le_bytes())
+            .collect()
+    }
+
+    #[test]
+    fn read_when_a_tensor_is_a_part_of_its_storage_takes_that_part() {
+        let want = [2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
+        assert_eq!(read_claim(&GOOD, &floats()).unwrap(), want);
+        let doubles: Vec<u8> = (0..8u8)
+            .flat_map(|value| f64::from(value).to_le_bytes())
+            .collect();
+        let claim = Claim {
+            storage: "DoubleStorage",
+            ..GOOD
+        };
+        assert_eq!(read_claim(&claim, &doubles).unwrap(), want);
+        let halves: Vec<u8> = (0..8u8)
+            .flat_map(|value| half::bf16::from_f32(value.into()).to_le_bytes())
+            .collect();
+        let claim = Claim {
+            storage: "BFloat16Storage",
+            ..GOOD
+        };
+        assert_eq!(read_claim(&claim, &halves).unwrap(), want);
+    }
+
+    #[test]
+    fn read_when_a_tensor_does_not_fit_its_storage_names_it() {
+        for (claim, want) in [
+            (Claim { offset: 3, ..GOOD }, "to fit its record"),
+            (Claim { offset: -1, ..GOOD }, "to fit its record"),
+            (
+                Claim {
+                    offset: i32::MAX,
+                    ..GOOD
+                },
+                "to fit its record",
+            ),
+            (
+                Claim {
+                    elements: 7,
+                    ..GOOD
+                },
+                "found a record of 32 bytes",
+            ),
+            (
+                Claim {
+                    elements: -1,
+                    ..GOOD
+                },
+                "found a record of 32 bytes",
+            ),
+            (
+                Claim {
+                    storage: "HalfStorage",
+                    ..GOOD
+                },
+                "found a record of 32 bytes",
+            ),
+            (
+                Claim {
+                    shape: &[2, -3],
+                    ..GOOD
+                },
+                "without negative axes",
+            ),
+            (
+                Claim {
+                    shape: &[i32::MAX; 8],
+                    strides: &[1; 8],
+                    ..GOOD
+                },
+                "contiguous",
+            ),
+            (
+                Claim {
+                    strides: &[1, 2],
+                    ..GOOD
+                },
+                "contiguous",
+            ),
+            (
+                Claim {
+                    strides: &[3],
+                    ..GOOD
+                },
+                "contiguous",
+            ),
+            (
+                Claim {
+                    strides: &[0, 0],
+                    ..GOOD
+                },
+                "contiguous",
+            ),
+        ] {
+            let error = read_claim(&claim, &floats()).unwrap_err();
+            assert!(
+                error.contains("`gate.weight`") && error.contains(want),
+                "{error}"
+            );
+        }
+        let error = read_claim(
+            &Claim {
+                shape: &[1; 9],
+                ..GOOD
+            },
+            &floats(),
+        )
+        .unwrap_err();
+        assert!(error.contains("for a tensor"), "{error}");
+    }
+
+    #[test]
+    fn read_when_the_archive_is_not_torchs_says_what_is_wrong() {
+        let pickle = pickled(&GOOD);
+        let floats = floats();
+        let good = archive(&[("r/data.pkl", &pickle), ("r/data/0", &floats)]);
+        let mut flipped = good.clone();
+        let at = flipped
+            .windows(8)
+            .position(|bytes| bytes == &floats[4..12])
+            .unwrap();
+        flipped[at + 3] ^= 1;
+        for (bytes, want) in [
+            (
+                b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9 j\xa8P\x19.".to_vec(),
+                "torch before 1.6",
+            ),
+            (b"PK\x03\x04".to_vec(), "torch.save's zip"),
+            (flipped, "checksum"),
+            (good[..good.len() - 8].to_vec(), "torch.save's zip"),
+            (archive(&[("r/data/0", &floats)]), "data.pkl"),
+            (
+                archive(&[("data.pkl", &pickle), ("data/0", &floats)]),
+                "data.pkl",
+            ),
+            (
+                archive(&[("a/data.pkl", &pickle), ("b/data.pkl", &pickle)]),
+                "several",
+            ),
+            (archive(&[("r/data.pkl", &pickle)]), "a record data/0"),
+            (
+                archive(&[
+                    ("r/data.pkl", &pickle),
+                    ("r/byteorder", b"big"),
+                    ("r/data/0", &floats),
+                ]),
+                "little-endian",
+            ),
+            (
+                archive(&[("r/data.pkl", b"\x80\x02].")]),
+                "a dict of state dicts",
+            ),
+            (archive(&[("r/data.pkl", b"\x80\x02}NNs.")]), "by name"),
+        ] {
+            let error = read_bytes(bytes).unwrap_err().to_lowercase();
+            assert!(
+                error.contains("router.pth") && error.contains(want),
+                "{want}: {error}"
+            );
+        }
+    }
+}

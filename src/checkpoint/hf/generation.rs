@@ -50,10 +50,8 @@ pub(super) fn read(
         min_p: number("min_p", "a number from 0 to 1", |x| {
             (0.0..=1.0).contains(&x)
         })?,
-        repetition_penalty: number(
-            "repetition_penalty",
-            "a number above 0 and up to 100",
-            |x| 1e-3 <= x && x <= 100.0,
-        )?,
+        repetition_penalty: number("repetition_penalty", "a number from 0.001 to 100", |x| {
+            (1e-3..=100.0).contains(&x)
+        })?,
     })
 }
