@@ -140,7 +140,7 @@ fn from_toml(file: &Path, text: &str, policy: &Policy) -> Result<Vec<ApiKey>, Co
     let tree: figment::value::Dict = figment
         .extract()
         .map_err(|error| file_error(file, None, error))?;
-    for key in tree.keys().filter(|key| *key != "key") {
+    if let Some(key) = tree.keys().find(|key| *key != "key") {
         return Err(unknown(origin(), key, ["key"].into_iter()));
     }
     let tables = tree.get("key").and_then(|keys| keys.as_array());
