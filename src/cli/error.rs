@@ -3,8 +3,12 @@
 use std::process::ExitCode;
 
 use super::bench::BenchCommandError;
+use crate::backend::BackendError;
 use crate::bench::BenchError;
+use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
+use crate::model::ModelError;
+use crate::text::TextError;
 
 /// Why a subcommand failed.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +25,21 @@ pub enum CliError {
         #[source]
         source: std::io::Error,
     },
+    /// The model's files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model's tokenizer or chat template.
+    #[error("the model's text files: {0}")]
+    Text(#[from] TextError),
+    /// The model does not fit the device.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The engine's thread has died: nothing can be answered any more.
+    #[error("the engine has died; the log says why")]
+    EngineDead,
     /// A bench.
     #[error(transparent)]
     Bench(#[from] BenchCommandError),

@@ -1,10 +1,15 @@
 //! The command line: one file a subcommand. It builds the objects and joins them; what they do is theirs.
 
 mod bench;
+mod chat;
+mod convert;
+mod engine;
 mod error;
 mod health;
 mod logging;
+mod memory;
 pub mod reference;
+mod serve;
 mod version;
 
 use std::ffi::OsString;
@@ -12,9 +17,12 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{ConfigError, HealthOptions, without_empty_variables};
+use crate::config::{
+    ChatOptions, ConfigError, ConvertOptions, HealthOptions, ServeOptions, Sources,
+    without_empty_variables,
+};
 
 pub use error::CliError;
 
@@ -31,6 +39,25 @@ Examples:
 Every flag is also a key of a TOML file (--config FILE) and an environment variable MIDPO_*.
 A flag beats the environment, the environment the file, the file the default.";
 
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  midpo serve
+  midpo serve --model Llama-2-7b --safety S --helpfulness H --router router.pth
+  midpo serve --model model.gguf --host 0.0.0.0 --api-key-file keys.toml
+  midpo serve --model packed --max-model-len 4096 --kv-cache-bytes 4GiB
+  MIDPO_PORT=8080 midpo serve --config midpo.toml
+
+Then:
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{\"model\": \"midpo-demo\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'";
+
+const CHAT_EXAMPLES: &str = "\
+Examples:
+  midpo chat --gates                                   the embedded demo, and what its gates did
+  midpo chat --model packed --variant safety
+  midpo chat --url http://127.0.0.1:8000
+  echo 'What is the capital of France?' | midpo chat --model model.gguf --temperature 0";
+
 /// Serves a routed Llama (MidPO): a base, a safety and a helpfulness expert, and a router that mixes them per token.
 #[derive(Debug, Parser)]
 #[command(name = "midpo", version, after_help = EXAMPLES, subcommand_required = true, arg_required_else_help = true)]
@@ -44,6 +71,22 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Serve a model over HTTP; without --model, the embedded demo.
+    ///
+    /// Speaks OpenAI's API at /v1. The first line on standard output is `listening on http://HOST:PORT`; logs go to standard
+    /// error. After SIGTERM or SIGINT nothing new is taken, what runs may finish within --drain-timeout, and the exit code is 0.
+    #[command(after_help = SERVE_EXAMPLES)]
+    Serve(Box<ServeOptions>),
+    /// Talk to a model in the terminal.
+    ///
+    /// With the embedded demo, with a model in this process (--model), or with any OpenAI-compatible server (--url). Reads one
+    /// turn a line, so it works in a pipe, too. /help lists its commands.
+    #[command(after_help = CHAT_EXAMPLES)]
+    Chat(Box<ChatOptions>),
+    /// Pack a base, its experts and its router into one directory.
+    ///
+    /// The router is folded (to one vector a gate), every part is hashed, and `midpo serve --model DIR` loads the directory alone.
+    Convert(Box<ConvertOptions>),
     /// Measure a server under load.
     ///
     /// Any server that speaks OpenAI's API. Prints a table in Markdown; writes JSON and SVG where asked.
@@ -88,15 +131,22 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, CliError> {
+    let usage = |error| ConfigError::from(Box::new(error));
     let program = without_empty_variables(Cli::command());
     let matches = program
+        .clone()
         .try_get_matches_from(arguments)
-        .map_err(|error| ConfigError::from(Box::new(error)))?;
-    let cli =
-        Cli::from_arg_matches(&matches).map_err(|error| ConfigError::from(Box::new(error)))?;
-    let _arguments_of_subcommand: Option<&ArgMatches> =
-        matches.subcommand().map(|(_, matches)| matches);
+        .map_err(usage)?;
+    let cli = Cli::from_arg_matches(&matches).map_err(usage)?;
+    // There is one: clap has refused a command line without.
+    let arguments = matches
+        .subcommand()
+        .map_or(&matches, |(_, matches)| matches);
+    let sources = || Sources::new(&program, arguments, cli.config.as_deref());
     match cli.command {
+        Command::Serve(_) => serve::run(&ServeOptions::load(&sources()?)?),
+        Command::Chat(_) => chat::run(&ChatOptions::load(&sources()?)?),
+        Command::Convert(options) => convert::run(&options.load(&sources()?)?),
         Command::Bench(args) => {
             bench::run(&args)?;
             Ok(ExitCode::SUCCESS)

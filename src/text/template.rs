@@ -130,8 +130,7 @@ impl ChatTemplate {
     }
 
     /// The ids of `chat`. Special tokens that the template writes are special tokens; what the chat's strings say never is,
-    /// however the template trims or joins them. For that, special tokens in the chat's strings are broken by a mark while it
-    /// renders: a template that looks for one there does not find it.
+    /// however the template trims or joins them.
     ///
     /// # Errors
     /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].

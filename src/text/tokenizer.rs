@@ -63,7 +63,6 @@ impl Tokenizer {
     }
 
     /// The ids of `text`. The user's words stay words: the text of a special token is spelt out, not turned into it.
-    /// Added tokens that are not special (`tokenizer.json` says which) are words like any other, and are found.
     /// `bos`: with what the tokenizer puts around every text, a start of sequence for most.
     ///
     /// # Errors

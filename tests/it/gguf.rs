@@ -7,8 +7,7 @@ use std::path::Path;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor as CandleTensor};
 use midpo::checkpoint::{
-    self, BaseTensors, CheckpointError, HostTensor, LlamaConfig, Overwrite, RopeScaling, Sources,
-    TextParts, Verify,
+    BaseTensors, CheckpointError, HostTensor, LlamaConfig, RopeScaling, Sources, TextParts, Verify,
 };
 use midpo::dtype::DType;
 use midpo::text::{Chat, ChatTemplate, Message, SpecialTokens, Tokenizer};
@@ -273,7 +272,7 @@ fn load_path(path: &Path) -> Result<Parts, CheckpointError> {
         router: None,
         verify: Verify::default(),
     };
-    let checkpoint = checkpoint::load(&sources)?;
+    let checkpoint = midpo::checkpoint::load(&sources)?;
     assert!(checkpoint.experts.is_none());
     Ok((checkpoint.config, checkpoint.base, checkpoint.text))
 }
@@ -351,43 +350,6 @@ fn load_gives_the_tensors_and_config_of_the_fixture_that_was_converted() {
         original_positions: 64,
     };
     assert_eq!(config.rope_scaling, llama3);
-}
-
-#[test]
-fn pack_of_a_gguf_base_with_experts_loads_alone_and_equals_the_fixture() {
-    let directory = |path: &str| {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/tiny-routed/{path}"))
-    };
-    let sources = |model: &Path| Sources {
-        model: model.to_owned(),
-        safety: Some(directory("safety")),
-        helpfulness: Some(directory("helpfulness")),
-        router: Some(directory("router.pth")),
-        verify: Verify::All,
-    };
-    let written = routed(GgmlDType::F32).write("packed");
-    let packed = written.path().with_extension("packed");
-    let _ = std::fs::remove_dir_all(&packed);
-    checkpoint::pack(&sources(written.path()), &packed, Overwrite::Never).unwrap();
-    let alone = Sources {
-        model: packed.clone(),
-        safety: None,
-        helpfulness: None,
-        router: None,
-        verify: Verify::All,
-    };
-    let found = checkpoint::load(&alone).unwrap();
-    let want = checkpoint::load(&sources(&directory(""))).unwrap();
-    for ((name, found), (_, want)) in named(&found.base).iter().zip(named(&want.base)) {
-        assert_eq!(found.to_f32(), want.to_f32(), "{name}");
-    }
-    let (found, want) = (found.experts.unwrap(), want.experts.unwrap());
-    for (found, want) in found.router.iter().zip(&want.router) {
-        assert_eq!(found.safety, want.safety);
-        assert_eq!(found.helpfulness, want.helpfulness);
-    }
-    assert_eq!(found.safety.layers[0].lora_a, want.safety.layers[0].lora_a);
-    std::fs::remove_dir_all(&packed).unwrap();
 }
 
 #[test]

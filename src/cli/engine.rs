@@ -1,0 +1,203 @@
+//! From files to a running engine: what `serve` and `chat` share.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{CliError, memory};
+use crate::backend::cpu::{Cpu, CpuOptions};
+use crate::backend::{KvFormat, KvShape, WeightFormat};
+use crate::checkpoint::{self, BaseTensors, Checkpoint, RopeScaling, Sources, Verify};
+use crate::config::{
+    ConfigError, Device, EngineConfig, KvDType, ModelFacts, ModelSource, RuntimeConfig, WeightDType,
+};
+use crate::engine::{Engine, EngineHandle, EngineThread, model_options};
+use crate::metrics::Metrics;
+use crate::model::RoutedLlama;
+use crate::server::{SamplingDefaults, ServedModel};
+use crate::text::{ChatTemplate, SpecialTokens, Tokenizer};
+use crate::{demo, types::BLOCK_TOKENS};
+
+/// An engine on its thread, and what turns text into its ids.
+pub(super) struct Running {
+    pub(super) handle: EngineHandle,
+    pub(super) thread: EngineThread,
+    pub(super) model: ServedModel,
+}
+
+/// Loads the model and starts the engine.
+/// # Errors
+/// A file, a setting that does not fit the model, a device without room.
+pub(super) fn start(
+    source: &ModelSource,
+    runtime: &RuntimeConfig,
+    metrics: Arc<Metrics>,
+) -> Result<Running, CliError> {
+    let began = Instant::now();
+    let backend = backend(runtime)?;
+    let checkpoint = load(source)?;
+    let model = served_model(&checkpoint)?;
+    let kv_format = match runtime.kv_dtype {
+        KvDType::Bf16 => KvFormat::BF16,
+        KvDType::F32 => KvFormat::F32,
+    };
+    let weight_format = match runtime.dtype {
+        WeightDType::Auto => WeightFormat::Stored,
+        WeightDType::F32 => WeightFormat::F32,
+        WeightDType::Bf16 => WeightFormat::BF16,
+    };
+    let facts = facts(&checkpoint, kv_format);
+    let free = memory::free_bytes().saturating_sub(weight_bytes(&checkpoint.base));
+    let config = runtime.engine(facts, free)?;
+    let options = model_options(&config, kv_format, weight_format);
+    let routed = RoutedLlama::new(backend, &checkpoint, options)?;
+    say_what_is_loaded(source, &checkpoint, &config, facts, began);
+    drop(checkpoint);
+    let (handle, thread) =
+        Engine::spawn(routed, &config, metrics).map_err(CliError::io("the engine's thread"))?;
+    Ok(Running {
+        handle,
+        thread,
+        model,
+    })
+}
+
+/// The files of `source`, read and checked.
+pub(super) fn load(source: &ModelSource) -> Result<Checkpoint, CliError> {
+    Ok(match sources(source) {
+        Some(sources) => checkpoint::load(&sources)?,
+        None => demo::load()?,
+    })
+}
+
+/// `None`: the embedded demo.
+pub(super) fn sources(source: &ModelSource) -> Option<Sources> {
+    Some(Sources {
+        model: source.model.clone()?,
+        safety: source.safety.clone(),
+        helpfulness: source.helpfulness.clone(),
+        router: source.router.clone(),
+        verify: Verify::default(),
+    })
+}
+
+fn backend(runtime: &RuntimeConfig) -> Result<Cpu, CliError> {
+    if runtime.device == Device::Cuda {
+        return Err(ConfigError::Value {
+            origin: "--device".to_owned(),
+            key: "device".to_owned(),
+            expected: "auto or cpu, since this build knows no other device".to_owned(),
+            found: "cuda".to_owned(),
+        }
+        .into());
+    }
+    Ok(Cpu::new(CpuOptions {
+        threads: runtime.threads,
+        ..CpuOptions::default()
+    })?)
+}
+
+fn served_model(checkpoint: &Checkpoint) -> Result<ServedModel, CliError> {
+    let text = &checkpoint.text;
+    let special = SpecialTokens {
+        bos_token: text.bos_token.clone(),
+        eos_token: text.eos_token.clone(),
+        others: text.special_tokens.clone(),
+    };
+    let generation = &checkpoint.generation;
+    let openai = SamplingDefaults::default();
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Ok(ServedModel {
+        tokenizer: Tokenizer::new(&text.tokenizer_json)?,
+        template: ChatTemplate::new(text.chat_template.as_deref(), special)?,
+        ends: checkpoint.config.eos_token_ids.clone(),
+        defaults: SamplingDefaults {
+            temperature: generation.temperature.unwrap_or(openai.temperature),
+            top_k: generation.top_k.unwrap_or(openai.top_k),
+            top_p: generation.top_p.unwrap_or(openai.top_p),
+            min_p: generation.min_p.unwrap_or(openai.min_p),
+            repetition_penalty: generation
+                .repetition_penalty
+                .unwrap_or(openai.repetition_penalty),
+        },
+        created: since_epoch.map_or(0, |since| since.as_secs()),
+    })
+}
+
+fn facts(checkpoint: &Checkpoint, format: KvFormat) -> ModelFacts {
+    let config = &checkpoint.config;
+    let positions = config.max_position_embeddings;
+    let one_block = KvShape {
+        layers: config.num_layers,
+        blocks: 1,
+        kv_heads: config.num_kv_heads,
+        head_size: config.head_dim,
+        format,
+    };
+    ModelFacts {
+        context_tokens_max: match config.rope_scaling {
+            // Made to be stretched when a context passes the trained one.
+            RopeScaling::Dynamic { factor, .. } => (positions as f64 * factor) as usize,
+            _ => positions,
+        },
+        kv_block_bytes: one_block.block_bytes(),
+    }
+}
+
+fn weight_bytes(base: &BaseTensors) -> u64 {
+    let layers = base.layers.iter().flat_map(|layer| {
+        [
+            &layer.q_proj,
+            &layer.k_proj,
+            &layer.v_proj,
+            &layer.o_proj,
+            &layer.gate_proj,
+            &layer.up_proj,
+            &layer.down_proj,
+        ]
+    });
+    let ends = [Some(&base.embed_tokens), base.lm_head.as_ref()];
+    layers
+        .chain(ends.into_iter().flatten())
+        .map(|tensor| tensor.bytes().len() as u64)
+        .sum()
+}
+
+fn say_what_is_loaded(
+    source: &ModelSource,
+    checkpoint: &Checkpoint,
+    config: &EngineConfig,
+    facts: ModelFacts,
+    began: Instant,
+) {
+    if source.model.is_none() {
+        tracing::warn!(
+            "no --model: this is the embedded demo. It is untrained and speaks nonsense; it shows that everything works"
+        );
+    }
+    let kv_tokens = config.kv_blocks * BLOCK_TOKENS;
+    let kv_bytes = config.kv_blocks as u64 * facts.kv_block_bytes as u64;
+    tracing::info!(
+        layers = checkpoint.config.num_layers,
+        experts = checkpoint.experts.is_some(),
+        context_tokens = config.context_tokens_max,
+        load_seconds = began.elapsed().as_secs_f32(),
+        fingerprint = checkpoint.fingerprint,
+        "model loaded"
+    );
+    tracing::info!(
+        kv_tokens,
+        kv_blocks = config.kv_blocks,
+        kv_bytes,
+        sequences_max = config.sequences_max,
+        batch_tokens_max = config.batch_tokens_max,
+        prefix_cache = config.prefix_cache,
+        "K/V cache"
+    );
+    if kv_tokens < config.context_tokens_max {
+        tracing::warn!(
+            kv_tokens,
+            context_tokens = config.context_tokens_max,
+            "the K/V cache is smaller than one full context: longer requests are refused; see kv_cache_tokens"
+        );
+    }
+}
