@@ -439,6 +439,36 @@ fn pack_then_load_gives_the_same_checkpoint_and_tampering_is_refused() {
     }
 }
 
+#[test]
+fn pack_when_the_base_is_a_gguf_file_keeps_it_and_loads_alone() {
+    let scratch = Scratch::new();
+    let gguf = scratch.0.join("any name.gguf");
+    let bytes = crate::gguf::routed(candle_core::quantized::GgmlDType::F32).bytes();
+    fs::write(&gguf, &bytes).unwrap();
+    let sources = Sources {
+        model: gguf,
+        ..routed(&fixtures().join("tiny-routed"))
+    };
+    let packed = scratch.0.join("packed");
+    pack(&sources, &packed, Overwrite::Never).unwrap();
+    assert_eq!(fs::read(packed.join("model.gguf")).unwrap(), bytes);
+    let loaded = load(&Sources::model(&packed)).unwrap();
+    assert_same(&load(&sources).unwrap(), &loaded);
+    assert!(loaded.experts.is_some());
+    // The base is hashed when asked to, and only then.
+    fs::remove_file(packed.join("model.gguf")).unwrap();
+    let mut changed = bytes.clone();
+    let last = changed.len() - 4;
+    changed[last] ^= 1;
+    fs::write(packed.join("model.gguf"), &changed).unwrap();
+    load(&Sources::model(&packed)).unwrap();
+    let all = Sources {
+        verify: Verify::All,
+        ..Sources::model(&packed)
+    };
+    assert!(matches!(load(&all), Err(CheckpointError::Hash { .. })));
+}
+
 fn check_tampering(packed: &Path, all: &Sources) {
     let manifest = fs::read_to_string(packed.join("midpo.json")).unwrap();
     for (name, in_quick_too) in [

@@ -228,7 +228,7 @@ fn byte_level_meta(directory: &str) -> Vec<(String, Meta)> {
     ]
 }
 
-fn routed(format: GgmlDType) -> GgufFile {
+pub(super) fn routed(format: GgmlDType) -> GgufFile {
     converted("tiny-routed", &["model.safetensors"], format)
 }
 
