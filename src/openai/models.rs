@@ -38,4 +38,6 @@ pub struct Model {
 pub struct Version {
     /// Of this program.
     pub version: String,
+    /// Hash of the model's weights.
+    pub model_fingerprint: String,
 }

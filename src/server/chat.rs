@@ -100,7 +100,7 @@ impl ChatWriter {
     fn new(state: &AppState, plan: Plan, prompt: Vec<TokenId>) -> Self {
         Self {
             state: state.clone(),
-            head: Head::new("chatcmpl", &plan.model),
+            head: Head::new("chatcmpl", &plan.model, &state.model().fingerprint),
             prompt,
             tallies: (0..plan.choices).map(|_| GateTally::default()).collect(),
             plan,

@@ -130,7 +130,7 @@ impl TextWriter {
         let choices = prompts.len() * plan.choices as usize;
         Self {
             state: state.clone(),
-            head: Head::new("cmpl", &plan.model),
+            head: Head::new("cmpl", &plan.model, &state.model().fingerprint),
             plan,
             prompts,
             echo,

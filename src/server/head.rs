@@ -2,6 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// Enough of the weights' hash to tell two models apart.
+const WEIGHTS_CHARS: usize = 12;
+
 /// Id, time and names of one response.
 #[derive(Clone, Debug)]
 pub struct Head {
@@ -11,18 +14,19 @@ pub struct Head {
     pub created: u64,
     /// As it was asked for.
     pub model: String,
-    /// This program and its version.
+    /// This program's version and the weights: answers to one seed are equal while it is.
     pub fingerprint: String,
 }
 
 impl Head {
     /// Of a response that begins now.
-    pub fn new(prefix: &str, model: &str) -> Self {
+    pub fn new(prefix: &str, model: &str, weights: &str) -> Self {
+        let weights = weights.get(..WEIGHTS_CHARS).unwrap_or(weights);
         Self {
             id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
             created: unix_seconds(),
             model: model.to_owned(),
-            fingerprint: concat!("midpo-", env!("CARGO_PKG_VERSION")).to_owned(),
+            fingerprint: format!("midpo-{}-{weights}", env!("CARGO_PKG_VERSION")),
         }
     }
 }

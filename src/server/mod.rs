@@ -59,6 +59,8 @@ pub struct ServedModel {
     pub defaults: SamplingDefaults,
     /// Unix seconds at which it was loaded.
     pub created: u64,
+    /// Hash of its weights, in hexadecimal.
+    pub fingerprint: String,
 }
 
 /// Sampling where a request names no value: the model's own (`generation_config.json`), else OpenAI's.

@@ -60,11 +60,12 @@ pub async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, kind)], state.metrics().render())
 }
 
-/// Version of the program.
+/// Version of the program, and the model's hash.
 #[utoipa::path(get, path = "/version", tag = "operation", responses((status = 200, body = Version)))]
-pub async fn version() -> Json<Version> {
+pub async fn version(State(state): State<AppState>) -> Json<Version> {
     Json(Version {
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        model_fingerprint: state.model().fingerprint.clone(),
     })
 }
 

@@ -1,1 +1,9 @@
-//! http
+//! The API over a real socket, a real engine and a tiny model.
+
+mod answers;
+mod errors;
+mod harness;
+mod operation;
+mod policy;
+mod streams;
+mod texts;
