@@ -9,7 +9,8 @@ const TEXT: &str = "/v1/completions";
 
 /// A chat with more or other fields; a null takes one away.
 fn chat(fields: Value) -> Value {
-    let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4});
+    let mut body =
+        json!({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4});
     for (key, value) in fields.as_object().unwrap() {
         body[key] = value.clone();
     }
@@ -34,7 +35,11 @@ async fn check(server: &TestServer, path: &str, body: Value, status: u16, param:
         let error = &answer["error"];
         let message = format!("{path} {body}\n{answer}");
         assert_eq!(found.as_u16(), status, "{message}");
-        assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{message}");
+        assert_eq!(
+            error["param"].as_str().unwrap_or_default(),
+            param,
+            "{message}"
+        );
         assert_eq!(error["code"], code, "{message}");
         assert!(!error["message"].as_str().unwrap().is_empty(), "{message}");
         assert!(!error["type"].as_str().unwrap().is_empty(), "{message}");
@@ -67,17 +72,32 @@ async fn illegal_values_are_refused_by_name() {
         (json!({"stop_token_ids": [1, 512]}), "stop_token_ids[1]"),
         (json!({"min_tokens": 5}), "min_tokens"),
         (json!({"max_tokens": 0}), "max_tokens"),
-        (json!({"max_tokens": null, "max_completion_tokens": 0}), "max_completion_tokens"),
+        (
+            json!({"max_tokens": null, "max_completion_tokens": 0}),
+            "max_completion_tokens",
+        ),
         (json!({"max_completion_tokens": 9}), "max_tokens"),
         (json!({"top_logprobs": 3}), "top_logprobs"),
-        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+        (
+            json!({"logprobs": true, "top_logprobs": 21}),
+            "top_logprobs",
+        ),
         (json!({"cache_salt": ""}), "cache_salt"),
         (json!({"messages": []}), "messages"),
-        (json!({"add_generation_prompt": true, "continue_final_message": true}), "add_generation_prompt"),
+        (
+            json!({"add_generation_prompt": true, "continue_final_message": true}),
+            "add_generation_prompt",
+        ),
         (json!({"midpo": {"safety_bias": 1000}}), "midpo.safety_bias"),
         (json!({"midpo": {"variant": "x"}}), "midpo.variant"),
-        (json!({"midpo": {"variant": "base"}, "model": "tiny:safety"}), "midpo.variant"),
-        (json!({"stream": false, "stream_options": {"include_usage": true}}), "stream_options"),
+        (
+            json!({"midpo": {"variant": "base"}, "model": "tiny:safety"}),
+            "midpo.variant",
+        ),
+        (
+            json!({"stream": false, "stream_options": {"include_usage": true}}),
+            "stream_options",
+        ),
     ];
     for (fields, param) in cases {
         check(&server, CHAT, chat(fields), 400, param, "invalid_value").await;
@@ -93,8 +113,24 @@ async fn illegal_values_are_refused_by_name() {
     for (fields, param) in cases {
         check(&server, TEXT, text(fields), 400, param, "invalid_value").await;
     }
-    check(&server, "/tokenize", json!({}), 400, "prompt", "invalid_value").await;
-    check(&server, "/detokenize", json!({"tokens": [512]}), 400, "tokens[0]", "invalid_value").await;
+    check(
+        &server,
+        "/tokenize",
+        json!({}),
+        400,
+        "prompt",
+        "invalid_value",
+    )
+    .await;
+    check(
+        &server,
+        "/detokenize",
+        json!({"tokens": [512]}),
+        400,
+        "tokens[0]",
+        "invalid_value",
+    )
+    .await;
     server.rest().await;
 }
 
@@ -103,37 +139,74 @@ async fn wrong_types_are_refused_at_their_place() {
     let server = TestServer::start().await;
     let cases = [
         (json!({"messages": "hi"}), "messages"),
-        (json!({"messages": [{"role": "user", "content": 5}]}), "messages[0].content"),
+        (
+            json!({"messages": [{"role": "user", "content": 5}]}),
+            "messages[0].content",
+        ),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role"),
         (json!({"temperature": "hot"}), "temperature"),
         (json!({"max_tokens": -1}), "max_tokens"),
         (json!({"stop": 5}), "stop"),
         (json!({"midpo": {"colour": "red"}}), "midpo.colour"),
-        (json!({"midpo": {"return_gates": "all"}}), "midpo.return_gates"),
-        (json!({"midpo": {"safety_bias": "NaN"}}), "midpo.safety_bias"),
+        (
+            json!({"midpo": {"return_gates": "all"}}),
+            "midpo.return_gates",
+        ),
+        (
+            json!({"midpo": {"safety_bias": "NaN"}}),
+            "midpo.safety_bias",
+        ),
     ];
     for (fields, param) in cases {
         check(&server, CHAT, chat(fields), 400, param, "invalid_type").await;
     }
-    check(&server, TEXT, text(json!({"prompt": ["a", 1]})), 400, "prompt", "invalid_type").await;
-    check(&server, TEXT, json!({"model": MODEL}), 400, "prompt", "invalid_type").await;
+    check(
+        &server,
+        TEXT,
+        text(json!({"prompt": ["a", 1]})),
+        400,
+        "prompt",
+        "invalid_type",
+    )
+    .await;
+    check(
+        &server,
+        TEXT,
+        json!({"model": MODEL}),
+        400,
+        "prompt",
+        "invalid_type",
+    )
+    .await;
 }
 
 #[tokio::test]
 async fn known_fields_that_are_not_honoured_are_refused_and_unknown_ones_ignored() {
     let server = TestServer::start().await;
     let cases = [
-        (json!({"tools": [{"type": "function", "function": {"name": "f"}}]}), "tools"),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "f"}}]}),
+            "tools",
+        ),
         (json!({"tool_choice": "auto"}), "tool_choice"),
         (json!({"functions": [{"name": "f"}]}), "functions"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (
+            json!({"response_format": {"type": "json_object"}}),
+            "response_format",
+        ),
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"modalities": ["audio"]}), "modalities"),
-        (json!({"prediction": {"type": "content", "content": "x"}}), "prediction"),
+        (
+            json!({"prediction": {"type": "content", "content": "x"}}),
+            "prediction",
+        ),
         (json!({"web_search_options": {}}), "web_search_options"),
         (json!({"guided_json": {"type": "object"}}), "guided_json"),
         (json!({"echo": true}), "echo"),
-        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role"),
+        (
+            json!({"messages": [{"role": "tool", "content": "x"}]}),
+            "messages[0].role",
+        ),
         (
             json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
             "messages[0].content[0].type",
@@ -144,10 +217,34 @@ async fn known_fields_that_are_not_honoured_are_refused_and_unknown_ones_ignored
         ),
     ];
     for (fields, param) in cases {
-        check(&server, CHAT, chat(fields), 400, param, "unsupported_parameter").await;
+        check(
+            &server,
+            CHAT,
+            chat(fields),
+            400,
+            param,
+            "unsupported_parameter",
+        )
+        .await;
     }
-    check(&server, TEXT, text(json!({"best_of": 4})), 400, "best_of", "unsupported_parameter").await;
-    check(&server, TEXT, text(json!({"suffix": "x"})), 400, "suffix", "unsupported_parameter").await;
+    check(
+        &server,
+        TEXT,
+        text(json!({"best_of": 4})),
+        400,
+        "best_of",
+        "unsupported_parameter",
+    )
+    .await;
+    check(
+        &server,
+        TEXT,
+        text(json!({"suffix": "x"})),
+        400,
+        "suffix",
+        "unsupported_parameter",
+    )
+    .await;
     let harmless = json!({"frobnicate": {"a": [1]}, "tools": [], "response_format": {"type": "text"}, "user": "u",
         "tool_choice": "none", "modalities": ["text"], "store": false});
     server.answer(CHAT, chat(harmless)).await;
@@ -160,13 +257,30 @@ async fn unknown_models_and_routes_are_not_found() {
         let body = chat(json!({"model": model}));
         check(&server, CHAT, body, 404, "model", "model_not_found").await;
     }
-    check(&server, "/tokenize", json!({"model": "x", "prompt": "y"}), 404, "model", "model_not_found").await;
+    check(
+        &server,
+        "/tokenize",
+        json!({"model": "x", "prompt": "y"}),
+        404,
+        "model",
+        "model_not_found",
+    )
+    .await;
     let (status, answer) = server.get("/v1/models/nothing").await;
-    assert_eq!((status.as_u16(), &answer["error"]["code"]), (404, &json!("model_not_found")));
+    assert_eq!(
+        (status.as_u16(), &answer["error"]["code"]),
+        (404, &json!("model_not_found"))
+    );
     let (status, answer) = server.get("/v1/nothing").await;
-    assert_eq!((status.as_u16(), &answer["error"]["code"]), (404, &json!("unknown_url")));
+    assert_eq!(
+        (status.as_u16(), &answer["error"]["code"]),
+        (404, &json!("unknown_url"))
+    );
     let (status, answer) = server.get(CHAT).await;
-    assert_eq!((status.as_u16(), &answer["error"]["code"]), (405, &json!("method_not_allowed")));
+    assert_eq!(
+        (status.as_u16(), &answer["error"]["code"]),
+        (405, &json!("method_not_allowed"))
+    );
     let (status, _) = server.post("/health", &json!({})).await;
     assert_eq!(status.as_u16(), 405);
 }
@@ -180,22 +294,46 @@ async fn bodies_that_are_no_requests_are_refused() {
             request = request.header("content-type", kind);
         }
         let (status, answer) = read(request.send().await.unwrap()).await;
-        (status.as_u16(), answer["error"]["code"].as_str().unwrap().to_owned())
+        (
+            status.as_u16(),
+            answer["error"]["code"].as_str().unwrap().to_owned(),
+        )
     };
     let json = Some("application/json");
     let whole = chat(json!({})).to_string();
     let expect = |status: u16, code: &str| (status, code.to_owned());
-    assert_eq!(send(json, "{".to_owned()).await, expect(400, "invalid_json"));
+    assert_eq!(
+        send(json, "{".to_owned()).await,
+        expect(400, "invalid_json")
+    );
     assert_eq!(send(json, String::new()).await, expect(400, "invalid_json"));
-    assert_eq!(send(json, "[]".to_owned()).await, expect(400, "invalid_json"));
-    assert_eq!(send(json, r#"{"temperature": NaN}"#.to_owned()).await, expect(400, "invalid_json"));
-    assert_eq!(send(json, "[".repeat(10_000)).await, expect(400, "invalid_json"));
-    assert_eq!(send(None, whole.clone()).await, expect(415, "unsupported_media_type"));
-    assert_eq!(send(Some("text/plain"), whole.clone()).await, expect(415, "unsupported_media_type"));
+    assert_eq!(
+        send(json, "[]".to_owned()).await,
+        expect(400, "invalid_json")
+    );
+    assert_eq!(
+        send(json, r#"{"temperature": NaN}"#.to_owned()).await,
+        expect(400, "invalid_json")
+    );
+    assert_eq!(
+        send(json, "[".repeat(10_000)).await,
+        expect(400, "invalid_json")
+    );
+    assert_eq!(
+        send(None, whole.clone()).await,
+        expect(415, "unsupported_media_type")
+    );
+    assert_eq!(
+        send(Some("text/plain"), whole.clone()).await,
+        expect(415, "unsupported_media_type")
+    );
     let padded = format!("{whole}{}", " ".repeat(64 * 1024));
     assert_eq!(send(json, padded).await, expect(413, "content_too_large"));
     let charset = Some("application/json; charset=utf-8");
-    let response = server.request("POST", CHAT).header("content-type", charset.unwrap()).body(whole);
+    let response = server
+        .request("POST", CHAT)
+        .header("content-type", charset.unwrap())
+        .body(whole);
     assert_eq!(response.send().await.unwrap().status(), 200);
 }
 
@@ -203,15 +341,37 @@ async fn bodies_that_are_no_requests_are_refused() {
 async fn prompts_beyond_the_context_are_refused_with_their_sizes() {
     let server = TestServer::start().await;
     let long = chat(json!({"max_tokens": 1000}));
-    check(&server, CHAT, long, 400, "messages", "context_length_exceeded").await;
+    check(
+        &server,
+        CHAT,
+        long,
+        400,
+        "messages",
+        "context_length_exceeded",
+    )
+    .await;
     let ids = vec![5; 400];
-    check(&server, TEXT, text(json!({"prompt": ids})), 400, "prompt", "context_length_exceeded").await;
+    check(
+        &server,
+        TEXT,
+        text(json!({"prompt": ids})),
+        400,
+        "prompt",
+        "context_length_exceeded",
+    )
+    .await;
     let (_, answer) = server.post(TEXT, &text(json!({"prompt": ids}))).await;
     let message = answer["error"]["message"].as_str().unwrap();
-    assert!(message.contains("320") && message.contains("400"), "{message}");
+    assert!(
+        message.contains("320") && message.contains("400"),
+        "{message}"
+    );
     // Without a limit of its own, a long chat gets the room that is left.
     let body = json!({"model": MODEL, "prompt": vec![5; 310], "max_tokens": 6, "ignore_eos": true});
-    assert_eq!(server.answer(TEXT, body).await["usage"]["completion_tokens"], 6);
+    assert_eq!(
+        server.answer(TEXT, body).await["usage"]["completion_tokens"],
+        6
+    );
 }
 
 #[tokio::test]
@@ -222,7 +382,12 @@ async fn the_templates_refusal_is_the_clients_error() {
     assert_eq!(status.as_u16(), 400, "{answer}");
     assert_eq!(answer["error"]["code"], "chat_template_error");
     assert_eq!(answer["error"]["param"], "messages");
-    assert!(answer["error"]["message"].as_str().unwrap().contains("user"));
+    assert!(
+        answer["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("user")
+    );
 }
 
 #[tokio::test]
@@ -250,7 +415,14 @@ async fn a_full_queue_is_a_429_with_retry_after_and_nothing_is_lost() {
     }
     assert!(counts.0 >= 1 && counts.1 >= 1, "{counts:?}");
     server.rest().await;
-    assert_eq!(server.metrics.refusals.of(midpo::metrics::Refusal::QueueFull).get(), counts.1);
+    assert_eq!(
+        server
+            .metrics
+            .refusals
+            .of(midpo::metrics::Refusal::QueueFull)
+            .get(),
+        counts.1
+    );
 }
 
 #[tokio::test]
@@ -259,10 +431,16 @@ async fn a_request_past_its_deadline_is_ended() {
     setup.server.request_timeout = std::time::Duration::ZERO;
     let server = TestServer::with(setup).await;
     let (status, answer) = server.post(CHAT, &chat(json!({}))).await;
-    assert_eq!((status.as_u16(), &answer["error"]["code"]), (504, &json!("request_timeout")));
+    assert_eq!(
+        (status.as_u16(), &answer["error"]["code"]),
+        (504, &json!("request_timeout"))
+    );
     let events = server.events(CHAT, chat(json!({}))).await;
     let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
-    assert_eq!(last["error"]["code"], "request_timeout", "an error event ends the stream, and no [DONE]");
+    assert_eq!(
+        last["error"]["code"], "request_timeout",
+        "an error event ends the stream, and no [DONE]"
+    );
     server.rest().await;
 }
 
@@ -274,13 +452,39 @@ async fn a_model_without_experts_serves_base_alone() {
     })
     .await;
     server.answer(CHAT, chat(json!({}))).await;
-    server.answer(CHAT, chat(json!({"model": "tiny:base"}))).await;
-    for fields in [json!({"midpo": {"variant": "routed"}}), json!({"model": "tiny:safety"})] {
-        check(&server, CHAT, chat(fields), 400, "midpo.variant", "invalid_value").await;
+    server
+        .answer(CHAT, chat(json!({"model": "tiny:base"})))
+        .await;
+    for fields in [
+        json!({"midpo": {"variant": "routed"}}),
+        json!({"model": "tiny:safety"}),
+    ] {
+        check(
+            &server,
+            CHAT,
+            chat(fields),
+            400,
+            "midpo.variant",
+            "invalid_value",
+        )
+        .await;
     }
     let body = chat(json!({"midpo": {"return_gates": "summary"}}));
-    check(&server, CHAT, body, 400, "midpo.return_gates", "invalid_value").await;
+    check(
+        &server,
+        CHAT,
+        body,
+        400,
+        "midpo.return_gates",
+        "invalid_value",
+    )
+    .await;
     let (_, models) = server.get("/v1/models").await;
-    let ids: Vec<&str> = models["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    let ids: Vec<&str> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| model["id"].as_str().unwrap())
+        .collect();
     assert_eq!(ids, ["tiny", "tiny:base"]);
 }

@@ -27,13 +27,22 @@ async fn request_ids_come_back_or_are_made() {
             request = request.header("x-request-id", given);
         }
         let response = request.send().await.unwrap();
-        response.headers()["x-request-id"].to_str().unwrap().to_owned()
+        response.headers()["x-request-id"]
+            .to_str()
+            .unwrap()
+            .to_owned()
     };
     assert_eq!(id(Some("mine-1"), "/version").await, "mine-1");
     assert_eq!(id(Some("mine-2"), "/nothing").await, "mine-2");
     assert_ne!(id(Some("two words"), "/version").await, "two words");
     assert_ne!(id(None, "/version").await, id(None, "/version").await);
-    let stream = server.request("POST", TEXT).header("x-request-id", "s").json(&long(true)).send().await.unwrap();
+    let stream = server
+        .request("POST", TEXT)
+        .header("x-request-id", "s")
+        .json(&long(true))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(stream.headers()["x-request-id"], "s");
 }
 
@@ -43,11 +52,16 @@ async fn models_list_the_variants_with_their_parent() {
     let (_, list) = server.get("/v1/models").await;
     assert_eq!(list["object"], "list");
     let models = list["data"].as_array().unwrap();
-    assert_eq!((models[0]["id"].as_str(), &models[0]["parent"]), (Some(MODEL), &Value::Null));
+    assert_eq!(
+        (models[0]["id"].as_str(), &models[0]["parent"]),
+        (Some(MODEL), &Value::Null)
+    );
     assert_eq!(models.len(), 1 + Variant::ALL.len());
     for model in &models[1..] {
         assert_eq!(model["parent"], MODEL);
-        let (status, one) = server.get(&format!("/v1/models/{}", model["id"].as_str().unwrap())).await;
+        let (status, one) = server
+            .get(&format!("/v1/models/{}", model["id"].as_str().unwrap()))
+            .await;
         assert_eq!((status.as_u16(), &one), (200, model));
     }
 }
@@ -63,13 +77,22 @@ async fn the_schema_lists_every_route() {
     for (path, methods) in paths {
         for method in methods.as_object().unwrap().keys() {
             let url = path.replace("{id}", MODEL);
-            let request = server.request(&method.to_uppercase(), &url).json(&json!({}));
+            let request = server
+                .request(&method.to_uppercase(), &url)
+                .json(&json!({}));
             let status = request.send().await.unwrap().status().as_u16();
             assert!(![404, 405].contains(&status), "{method} {path}: {status}");
         }
     }
     let schemas = schema["components"]["schemas"].as_object().unwrap();
-    for name in ["ChatRequest", "ChatResponse", "ChatChunk", "CompletionRequest", "MidpoRequest", "ErrorBody"] {
+    for name in [
+        "ChatRequest",
+        "ChatResponse",
+        "ChatChunk",
+        "CompletionRequest",
+        "MidpoRequest",
+        "ErrorBody",
+    ] {
         assert!(schemas.contains_key(name), "{name}");
     }
 }
@@ -78,22 +101,56 @@ async fn the_schema_lists_every_route() {
 async fn the_playground_needs_nothing_from_elsewhere() {
     let server = TestServer::start().await;
     let response = server.request("GET", "/").send().await.unwrap();
-    assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/html"));
+    assert!(
+        response.headers()["content-type"]
+            .to_str()
+            .unwrap()
+            .starts_with("text/html")
+    );
     assert!(response.headers().contains_key("content-security-policy"));
     let page = response.text().await.unwrap();
-    assert!(!page.contains("http://") && !page.contains("https://"), "the page is whole in itself");
+    assert!(
+        !page.contains("http://") && !page.contains("https://"),
+        "the page is whole in itself"
+    );
 }
 
 #[tokio::test]
 async fn metrics_add_up() {
     let server = TestServer::start().await;
-    server.answer(TEXT, json!({"prompt": "a", "max_tokens": 4, "ignore_eos": true})).await;
-    server.answer(TEXT, json!({"prompt": ["a", "b"], "max_tokens": 4, "n": 2})).await;
-    server.answer(TEXT, json!({"prompt": "a", "max_tokens": 0, "echo": true})).await;
-    server.answer(CHAT, json!({"messages": [{"role": "user", "content": "x"}], "midpo": {"variant": "base"}})).await;
-    server.chunks(CHAT, json!({"messages": [{"role": "user", "content": "x"}]})).await;
+    server
+        .answer(
+            TEXT,
+            json!({"prompt": "a", "max_tokens": 4, "ignore_eos": true}),
+        )
+        .await;
+    server
+        .answer(TEXT, json!({"prompt": ["a", "b"], "max_tokens": 4, "n": 2}))
+        .await;
+    server
+        .answer(TEXT, json!({"prompt": "a", "max_tokens": 0, "echo": true}))
+        .await;
+    server
+        .answer(
+            CHAT,
+            json!({"messages": [{"role": "user", "content": "x"}], "midpo": {"variant": "base"}}),
+        )
+        .await;
+    server
+        .chunks(
+            CHAT,
+            json!({"messages": [{"role": "user", "content": "x"}]}),
+        )
+        .await;
     server.post(CHAT, &json!({"messages": []})).await;
-    drop(server.request("POST", TEXT).json(&long(true)).send().await.unwrap());
+    drop(
+        server
+            .request("POST", TEXT)
+            .json(&long(true))
+            .send()
+            .await
+            .unwrap(),
+    );
     server.rest().await;
     let metrics = &server.metrics;
     let taken: u64 = metrics.requests.iter().map(|count| count.get()).sum();
@@ -103,7 +160,10 @@ async fn metrics_add_up() {
     assert_eq!(by_reason(metrics)[2], 1, "the stream that was left");
     assert_eq!(metrics.cancellations.get(), 1);
     let with_a_token = metrics.time_to_first_token.count();
-    assert!((5..=6).contains(&with_a_token), "all but the echo, and maybe the one that was left: {with_a_token}");
+    assert!(
+        (5..=6).contains(&with_a_token),
+        "all but the echo, and maybe the one that was left: {with_a_token}"
+    );
     assert_eq!(metrics.http_requests_in_flight.get(), 0);
     let count = |route, status| metrics.http_requests.of(route).of(status).get();
     assert_eq!(count(Route::Completions, Status::Ok), 4);
@@ -124,13 +184,21 @@ async fn metrics_add_up() {
 #[tokio::test]
 async fn leaving_a_stream_frees_its_blocks() {
     let server = TestServer::start().await;
-    let response = server.request("POST", TEXT).json(&long(true)).send().await.unwrap();
+    let response = server
+        .request("POST", TEXT)
+        .json(&long(true))
+        .send()
+        .await
+        .unwrap();
     let mut bytes = response.bytes_stream();
     assert!(bytes.next().await.unwrap().unwrap().starts_with(b"data: "));
     assert_eq!(server.metrics.http_requests_in_flight.get(), 1);
     drop(bytes);
     server.rest().await;
-    until("the request is over", || server.metrics.http_requests_in_flight.get() == 0).await;
+    until("the request is over", || {
+        server.metrics.http_requests_in_flight.get() == 0
+    })
+    .await;
     assert_eq!(by_reason(&server.metrics), [0, 0, 1, 0]);
     assert!(server.metrics.generated_tokens.of(Variant::Routed).get() < 200);
 }
@@ -138,19 +206,38 @@ async fn leaving_a_stream_frees_its_blocks() {
 #[tokio::test]
 async fn leaving_before_the_answer_cancels_too() {
     let server = TestServer::start().await;
-    let request = server.request("POST", TEXT).json(&long(false)).timeout(Duration::from_millis(20));
+    let request = server
+        .request("POST", TEXT)
+        .json(&long(false))
+        .timeout(Duration::from_millis(20));
     assert!(request.send().await.is_err());
     server.rest().await;
-    until("the request is over", || server.metrics.http_requests_in_flight.get() == 0).await;
-    let left = server.metrics.http_requests.of(Route::Completions).of(Status::ClientClosed).get();
-    assert_eq!((left, by_reason(&server.metrics)[2]), (1, by_reason(&server.metrics).iter().sum()));
+    until("the request is over", || {
+        server.metrics.http_requests_in_flight.get() == 0
+    })
+    .await;
+    let left = server
+        .metrics
+        .http_requests
+        .of(Route::Completions)
+        .of(Status::ClientClosed)
+        .get();
+    assert_eq!(
+        (left, by_reason(&server.metrics)[2]),
+        (1, by_reason(&server.metrics).iter().sum())
+    );
 }
 
 #[tokio::test]
 async fn draining_finishes_what_runs_and_refuses_what_comes() {
     let mut server = TestServer::start().await;
     assert_eq!(server.get("/ready").await.0, 200);
-    let response = server.request("POST", TEXT).json(&long(true)).send().await.unwrap();
+    let response = server
+        .request("POST", TEXT)
+        .json(&long(true))
+        .send()
+        .await
+        .unwrap();
     let mut bytes = response.bytes_stream();
     let first = bytes.next().await.unwrap().unwrap();
     server.begin_shutdown();
@@ -168,13 +255,21 @@ async fn draining_finishes_what_runs_and_refuses_what_comes() {
     }
     if let Some(refused) = refused {
         let (status, answer) = read(refused).await;
-        assert_eq!((status.as_u16(), &answer["error"]["code"]), (503, &json!("draining")));
+        assert_eq!(
+            (status.as_u16(), &answer["error"]["code"]),
+            (503, &json!("draining"))
+        );
     }
     let mut text = first.to_vec();
     while let Some(more) = bytes.next().await {
         text.extend(more.unwrap());
     }
-    assert!(String::from_utf8(text).unwrap().ends_with("data: [DONE]\n\n"), "what ran was finished");
+    assert!(
+        String::from_utf8(text)
+            .unwrap()
+            .ends_with("data: [DONE]\n\n"),
+        "what ran was finished"
+    );
     assert_eq!(server.ended().await, (Ended::Drained, EngineState::Stopped));
 }
 
@@ -185,7 +280,12 @@ async fn a_drain_ends_when_its_time_is_over() {
         ..Setup::default()
     })
     .await;
-    let response = server.request("POST", TEXT).json(&long(true)).send().await.unwrap();
+    let response = server
+        .request("POST", TEXT)
+        .json(&long(true))
+        .send()
+        .await
+        .unwrap();
     let mut bytes = response.bytes_stream();
     bytes.next().await.unwrap().unwrap();
     server.begin_shutdown();
@@ -201,9 +301,15 @@ async fn cors_is_off_unless_configured() {
             .request("OPTIONS", CHAT)
             .header("origin", "https://page.example")
             .header("access-control-request-method", "POST")
-            .header("access-control-request-headers", "authorization,content-type");
+            .header(
+                "access-control-request-headers",
+                "authorization,content-type",
+            );
         let response = request.send().await.unwrap();
-        response.headers().get("access-control-allow-origin").cloned()
+        response
+            .headers()
+            .get("access-control-allow-origin")
+            .cloned()
     };
     assert_eq!(preflight(&TestServer::start().await).await, None);
     let mut setup = Setup::default();
@@ -216,9 +322,19 @@ async fn cors_is_off_unless_configured() {
 async fn gzip_is_for_bodies_and_never_for_streams() {
     let server = TestServer::start().await;
     let encoding = async |request: reqwest::RequestBuilder| {
-        let response = request.header("accept-encoding", "gzip").send().await.unwrap();
+        let response = request
+            .header("accept-encoding", "gzip")
+            .send()
+            .await
+            .unwrap();
         response.headers().get("content-encoding").cloned()
     };
-    assert_eq!(encoding(server.request("GET", "/metrics")).await.unwrap(), "gzip");
-    assert_eq!(encoding(server.request("POST", TEXT).json(&long(true))).await, None);
+    assert_eq!(
+        encoding(server.request("GET", "/metrics")).await.unwrap(),
+        "gzip"
+    );
+    assert_eq!(
+        encoding(server.request("POST", TEXT).json(&long(true))).await,
+        None
+    );
 }

@@ -19,7 +19,11 @@ async fn guarded() -> TestServer {
         min_safety_floor: 0.5,
         ..Policy::open()
     };
-    setup.server.api_keys = vec![key("guest", Policy::guarded()), key("owner", Policy::open()), key("floors", floors)];
+    setup.server.api_keys = vec![
+        key("guest", Policy::guarded()),
+        key("owner", Policy::open()),
+        key("floors", floors),
+    ];
     TestServer::with(setup).await
 }
 
@@ -36,7 +40,14 @@ async fn send(server: &TestServer, key: Option<&str>, midpo: Value) -> Response 
 #[tokio::test]
 async fn without_a_key_only_what_machines_ask_is_answered() {
     let server = guarded().await;
-    for path in ["/health", "/ready", "/metrics", "/version", "/openapi.json", "/"] {
+    for path in [
+        "/health",
+        "/ready",
+        "/metrics",
+        "/version",
+        "/openapi.json",
+        "/",
+    ] {
         assert_eq!(server.get(path).await.0, 200, "{path}");
     }
     for (method, path) in [
@@ -74,7 +85,11 @@ async fn a_guarded_key_may_raise_safety_and_never_lower_it() {
         json!({"safety_bias": 2}),
         json!({"safety_floor": 0.5, "helpfulness_ceiling": 0.5}),
     ] {
-        assert_eq!(send(&server, guest, midpo.clone()).await.status(), 200, "{midpo}");
+        assert_eq!(
+            send(&server, guest, midpo.clone()).await.status(),
+            200,
+            "{midpo}"
+        );
     }
     for (midpo, param) in [
         (json!({"variant": "base"}), "midpo.variant"),
@@ -92,10 +107,17 @@ async fn a_guarded_key_may_raise_safety_and_never_lower_it() {
     let models = async |key: &str| {
         let request = server.request("GET", "/v1/models").bearer_auth(key);
         let (_, list) = read(request.send().await.unwrap()).await;
-        let ids = list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap().to_owned());
+        let ids = list["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|model| model["id"].as_str().unwrap().to_owned());
         ids.collect::<Vec<_>>()
     };
-    assert_eq!(models("secret-of-guest").await, ["tiny", "tiny:routed", "tiny:safety"]);
+    assert_eq!(
+        models("secret-of-guest").await,
+        ["tiny", "tiny:routed", "tiny:safety"]
+    );
     assert_eq!(models("secret-of-owner").await.len(), 6);
 }
 
@@ -107,7 +129,9 @@ async fn an_operators_floor_holds_for_requests_that_name_none() {
         let midpo = json!({"variant": variant, "return_gates": "summary"});
         let (status, answer) = read(send(&server, floors, midpo).await).await;
         assert_eq!(status, 200, "{answer}");
-        let least = answer["choices"][0]["midpo"]["gates"]["safety"]["min"].as_f64().unwrap();
+        let least = answer["choices"][0]["midpo"]["gates"]["safety"]["min"]
+            .as_f64()
+            .unwrap();
         assert!(least >= 0.5 - 1e-6, "{variant}: {least}");
     }
     let (status, _) = read(send(&server, floors, json!({"safety_floor": 0.4})).await).await;

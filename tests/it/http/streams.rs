@@ -25,23 +25,46 @@ async fn transcript(server: &TestServer, path: &str, body: Value) -> String {
     lines.collect::<Vec<_>>().join("\n") + "\n"
 }
 
-/// Compares with a file of `tests/it/http/transcripts`.
-fn check(name: &str, found: &str, golden: &str) {
-    assert_eq!(found, golden, "{name}: the stream differs from its transcript; found:\n{found}");
-}
-
 #[tokio::test]
 async fn streams_are_as_their_transcripts() {
     let server = TestServer::start().await;
-    let found = transcript(&server, CHAT, chat(json!({}))).await;
-    check("chat", &found, include_str!("transcripts/chat.txt"));
-    let more = json!({"stream_options": {"include_usage": true}, "max_tokens": 2, "return_token_ids": true});
-    let found = transcript(&server, CHAT, chat(more)).await;
-    check("chat_usage", &found, include_str!("transcripts/chat_usage.txt"));
-    let body = json!({"model": MODEL, "prompt": "hello", "temperature": 0, "max_tokens": 4, "ignore_eos": true,
+    let usage = json!({"stream_options": {"include_usage": true}, "max_tokens": 2, "return_token_ids": true});
+    let text = json!({"model": MODEL, "prompt": "hello", "temperature": 0, "max_tokens": 4, "ignore_eos": true,
         "stream_options": {"include_usage": true}});
-    let found = transcript(&server, TEXT, body).await;
-    check("text", &found, include_str!("transcripts/text.txt"));
+    let gates =
+        json!({"n": 2, "max_tokens": 1, "midpo": {"variant": "safety", "return_gates": "tokens"}});
+    let cases = [
+        (
+            "chat",
+            CHAT,
+            chat(json!({})),
+            include_str!("transcripts/chat.txt"),
+        ),
+        (
+            "chat_usage",
+            CHAT,
+            chat(usage),
+            include_str!("transcripts/chat_usage.txt"),
+        ),
+        (
+            "chat_gates",
+            CHAT,
+            chat(gates),
+            include_str!("transcripts/chat_gates.txt"),
+        ),
+        ("text", TEXT, text, include_str!("transcripts/text.txt")),
+    ];
+    let mut differences = String::new();
+    for (name, path, body, golden) in cases {
+        let found = transcript(&server, path, body).await;
+        if found != golden {
+            differences += &format!("--- {name}\n{found}");
+        }
+    }
+    assert!(
+        differences.is_empty(),
+        "transcripts differ; found:\n{differences}"
+    );
 }
 
 #[tokio::test]
@@ -61,29 +84,58 @@ async fn a_stream_tells_what_the_whole_answer_tells() {
             .filter(|choice| choice["index"] == index)
             .collect();
         assert_eq!(own[0]["delta"], json!({"role": "assistant", "content": ""}));
-        let text: String = own.iter().filter_map(|chunk| chunk["delta"]["content"].as_str()).collect();
+        let text: String = own
+            .iter()
+            .filter_map(|chunk| chunk["delta"]["content"].as_str())
+            .collect();
         assert_eq!(text, choice["message"]["content"].as_str().unwrap());
         let join = |get: &dyn Fn(&Value) -> Value| -> Vec<Value> {
-            own.iter().flat_map(|chunk| get(chunk).as_array().cloned().unwrap_or_default()).collect()
+            own.iter()
+                .flat_map(|chunk| get(chunk).as_array().cloned().unwrap_or_default())
+                .collect()
         };
         let all = |value: &Value| value.as_array().unwrap().clone();
-        assert_eq!(join(&|chunk| chunk["token_ids"].clone()), all(&choice["token_ids"]));
-        assert_eq!(join(&|chunk| chunk["logprobs"]["content"].clone()), all(&choice["logprobs"]["content"]));
-        assert_eq!(join(&|chunk| chunk["midpo"]["tokens"].clone()), all(&choice["midpo"]["tokens"]));
+        assert_eq!(
+            join(&|chunk| chunk["token_ids"].clone()),
+            all(&choice["token_ids"])
+        );
+        assert_eq!(
+            join(&|chunk| chunk["logprobs"]["content"].clone()),
+            all(&choice["logprobs"]["content"])
+        );
+        assert_eq!(
+            join(&|chunk| chunk["midpo"]["tokens"].clone()),
+            all(&choice["midpo"]["tokens"])
+        );
         for chunk in &own[1..] {
-            let lengths = [&chunk["token_ids"], &chunk["logprobs"]["content"], &chunk["midpo"]["tokens"]]
-                .map(|list| list.as_array().unwrap().len());
+            let lengths = [
+                &chunk["token_ids"],
+                &chunk["logprobs"]["content"],
+                &chunk["midpo"]["tokens"],
+            ]
+            .map(|list| list.as_array().unwrap().len());
             assert_eq!(lengths, [lengths[0]; 3], "aligned in every chunk");
         }
-        let ends: Vec<&Value> = own.iter().map(|chunk| &chunk["finish_reason"]).filter(|end| !end.is_null()).collect();
+        let ends: Vec<&Value> = own
+            .iter()
+            .map(|chunk| &chunk["finish_reason"])
+            .filter(|end| !end.is_null())
+            .collect();
         assert_eq!(ends, [&choice["finish_reason"]]);
         let last = own.last().unwrap();
         assert_eq!(last["midpo"]["gates"], choice["midpo"]["gates"]);
     }
     let (last, before) = chunks.split_last().unwrap();
     assert_eq!(last["choices"], json!([]));
-    assert_eq!(last["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
-    assert!(before.iter().all(|chunk| chunk.get("usage") == Some(&Value::Null)));
+    assert_eq!(
+        last["usage"]["completion_tokens"],
+        whole["usage"]["completion_tokens"]
+    );
+    assert!(
+        before
+            .iter()
+            .all(|chunk| chunk.get("usage") == Some(&Value::Null))
+    );
 }
 
 #[tokio::test]
@@ -108,7 +160,9 @@ async fn many_streams_at_once_all_complete() {
     let stream = async |seed: usize| {
         let more = json!({"seed": seed, "temperature": 1.0, "max_tokens": 32});
         let chunks = server.chunks(CHAT, chat(more)).await;
-        let text = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
+        let text = chunks
+            .iter()
+            .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
         text.collect::<String>()
     };
     let together = futures_util::future::join_all((0..16).map(stream)).await;
