@@ -118,7 +118,9 @@ impl ChatWriter {
                 role: None,
                 content: Some(piece.text).filter(|text| !text.is_empty()),
             },
+            // Null where there are no tokens to tell of, as in OpenAI's last chunk.
             logprobs: logprobs
+                .filter(|_| !piece.tokens.is_empty())
                 .map(|_| logprobs::chat(&self.state.model().tokenizer, &piece.tokens)),
             finish_reason: piece.end.and_then(openai::finish_reason).map(str::to_owned),
             token_ids: self
@@ -174,8 +176,30 @@ impl ChatWriter {
         self.prompt.iter().map(|id| id.0).collect()
     }
 
+    /// A choice before its first chunk.
+    fn empty(&self, index: u32) -> ChatChoice {
+        let logprobs = self.plan.sampling.logprobs;
+        ChatChoice {
+            index,
+            message: ResponseMessage {
+                role: "assistant".to_owned(),
+                content: Some(String::new()),
+                refusal: None,
+            },
+            logprobs: logprobs.map(|_| ChatLogprobs {
+                content: Some(Vec::new()),
+                refusal: None,
+            }),
+            finish_reason: None,
+            token_ids: None,
+            midpo: None,
+        }
+    }
+
     async fn whole(mut self, mut answers: Answers) -> Result<ChatResponse, ApiError> {
-        let mut choices: Vec<ChatChoice> = (0..self.plan.choices).map(empty).collect();
+        let mut choices: Vec<ChatChoice> = (0..self.plan.choices)
+            .map(|index| self.empty(index))
+            .collect();
         while let Some(progress) = answers.next().await {
             if let Step::Piece(piece) = progress?.step {
                 let part = self.choice(piece);
@@ -200,21 +224,6 @@ impl ChatWriter {
             choices,
             usage: answers.usage(),
         })
-    }
-}
-
-fn empty(index: u32) -> ChatChoice {
-    ChatChoice {
-        index,
-        message: ResponseMessage {
-            role: "assistant".to_owned(),
-            content: Some(String::new()),
-            refusal: None,
-        },
-        logprobs: None,
-        finish_reason: None,
-        token_ids: None,
-        midpo: None,
     }
 }
 

@@ -108,6 +108,12 @@ pub enum ApiError {
     /// The body broke off.
     #[error("the body could not be read to its end")]
     Body,
+    /// The body did not come in time.
+    #[error("the body was not complete within {seconds} seconds")]
+    SlowBody {
+        /// The limit.
+        seconds: u64,
+    },
     /// It took too long.
     #[error("the answer was not complete within {seconds} seconds")]
     Timeout {
@@ -218,6 +224,11 @@ impl ApiError {
                 Some("unsupported_media_type"),
             ),
             Self::Body => (StatusCode::BAD_REQUEST, REQUEST, Some("incomplete_body")),
+            Self::SlowBody { .. } => (
+                StatusCode::REQUEST_TIMEOUT,
+                "timeout_error",
+                Some("slow_body"),
+            ),
             Self::Timeout { .. } => (
                 StatusCode::GATEWAY_TIMEOUT,
                 "timeout_error",

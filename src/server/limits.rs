@@ -1,6 +1,7 @@
 //! Reading a request and holding it to its limits: what comes out of here is legal in every field.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
@@ -31,6 +32,8 @@ const LOGIT_BIAS_MAX: f32 = 100.0;
 const TOP_LOGPROBS_MAX: u32 = 20;
 /// Entries of `stop_token_ids`.
 const STOP_TOKEN_IDS_MAX: usize = 128;
+/// From a request's head to the end of its body; a client that sends more slowly holds a connection and nothing else.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of `cache_salt`.
 const CACHE_SALT_BYTES_MAX: usize = 256;
 
@@ -43,15 +46,16 @@ impl<T: openai::Request> FromRequest<AppState> for Body<T> {
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         check_media_type(&request)?;
         let limit = state.config().body_bytes_max;
-        let bytes =
-            Bytes::from_request(request, state)
-                .await
-                .map_err(|rejection| match rejection {
-                    BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-                        ApiError::ContentTooLarge { limit }
-                    }
-                    _ => ApiError::Body,
-                })?;
+        let reading = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state));
+        let read = reading.await.map_err(|_| ApiError::SlowBody {
+            seconds: BODY_TIMEOUT.as_secs(),
+        })?;
+        let bytes = read.map_err(|rejection| match rejection {
+            BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
+                ApiError::ContentTooLarge { limit }
+            }
+            _ => ApiError::Body,
+        })?;
         Ok(Self(openai::read(&bytes)?))
     }
 }

@@ -114,6 +114,7 @@ impl TestServer {
         .unwrap();
         let metrics = Arc::new(Metrics::new(MODEL));
         let options = engine::model_options(&setup.engine, KvFormat::F32, WeightFormat::F32);
+        // Plain loops: the same bits on every machine, which the transcripts need.
         let model = RoutedLlama::new(Reference, &checkpoint, options).unwrap();
         let text = &checkpoint.text;
         let served = ServedModel {

@@ -113,7 +113,7 @@ async fn a_stream_tells_what_the_whole_answer_tells() {
                 &chunk["logprobs"]["content"],
                 &chunk["midpo"]["tokens"],
             ]
-            .map(|list| list.as_array().unwrap().len());
+            .map(|list| list.as_array().map_or(0, Vec::len));
             assert_eq!(lengths, [lengths[0]; 3], "aligned in every chunk");
         }
         let ends: Vec<&Value> = own
