@@ -120,6 +120,7 @@ fn served_model(checkpoint: &Checkpoint) -> Result<ServedModel, CliError> {
                 .unwrap_or(openai.repetition_penalty),
         },
         created: since_epoch.map_or(0, |since| since.as_secs()),
+        fingerprint: checkpoint.fingerprint.clone(),
     })
 }
 
