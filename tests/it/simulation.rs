@@ -1,6 +1,10 @@
 //! The engine under random work. First scheduler, pool and prefix alone, with a model made of arithmetic whose K/V cache tells
 //! on every wrong block; then the whole engine over the tiny checkpoints.
 
+mod engine;
+mod fragile;
+mod rig;
+
 use std::collections::HashMap;
 
 use midpo::engine::prefix::{PrefixRoot, Sharing};

@@ -1,0 +1,750 @@
+//! The whole engine over the tiny checkpoints.
+
+use std::collections::HashSet;
+
+use midpo::config::EngineConfig;
+use midpo::engine::{Engine, EngineState, GateDetail, Submission, SubmitError};
+use midpo::metrics::{Gate, Label, Metrics, Refusal};
+use midpo::types::{FinishReason, GateRule, TokenId, Variant};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use super::Random;
+use super::fragile::{Faults, Fragile};
+use super::rig::{
+    Answer, End, Rig, checkpoint, cpu, fixture, greedy, ids, logprob_bits, model, random, roomy,
+};
+
+/// A prompt of the golden files, with each variant's greedy continuation.
+struct Golden {
+    name: String,
+    prompt: Vec<u32>,
+    greedy: Vec<(Variant, Vec<u32>)>,
+}
+
+fn goldens(model: &str) -> Vec<Golden> {
+    let dir = fixture(model).join("golden");
+    let manifest: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("manifest.json")).unwrap()).unwrap();
+    let bytes = std::fs::read(dir.join("inference_f32.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let prompts = manifest["prompts"].as_array().unwrap().iter();
+    prompts
+        .map(|prompt| {
+            let name = prompt["name"].as_str().unwrap();
+            let tensor = tensors.tensor(&format!("{name}.input_ids")).unwrap();
+            let ids = tensor.data().chunks_exact(8);
+            let greedy = |variant: Variant| {
+                let ids = &prompt["variants"][variant.as_str()]["greedy"];
+                let ids = ids.as_array().unwrap().iter();
+                (variant, ids.map(|id| id.as_u64().unwrap() as u32).collect())
+            };
+            Golden {
+                name: name.to_owned(),
+                prompt: ids
+                    .map(|id| i64::from_le_bytes(id.try_into().unwrap()) as u32)
+                    .collect(),
+                greedy: Variant::ALL.map(greedy).to_vec(),
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn greedy_answers_are_the_goldens_when_all_run_together() {
+    for model in ["tiny-routed", "tiny-gqa"] {
+        let goldens = goldens(model);
+        let cases: Vec<_> = goldens
+            .iter()
+            .flat_map(|golden| golden.greedy.iter().map(move |greedy| (golden, greedy)))
+            .collect();
+        assert_eq!(cases.len(), 25);
+        let submissions: Vec<Submission> = cases
+            .iter()
+            .map(|(golden, (variant, ids))| greedy(&golden.prompt, *variant, ids.len() as u32))
+            .collect();
+        let answers = Rig::new(model, &roomy()).answers(&submissions);
+        for ((golden, (variant, want)), answer) in cases.iter().zip(&answers) {
+            let found = answer.only().ids();
+            assert_eq!(&found, want, "{model} {} {variant:?}", golden.name);
+        }
+    }
+}
+
+/// A request worth repeating: a prompt of several blocks, drawn tokens, log-probabilities and gates.
+fn probe() -> Submission {
+    random(&ids(1, 70), Variant::Routed, 24, 42)
+}
+
+/// Sixteen others, of all variants and lengths; some share the probe's first blocks.
+fn others() -> Vec<Submission> {
+    (0..16)
+        .map(|i| {
+            let stem = if i % 4 == 0 { 1 } else { i };
+            let prompt = ids(stem, 3 + 11 * i as usize);
+            random(&prompt, Variant::ALL[i as usize % 5], 8 + i, u64::from(i))
+        })
+        .collect()
+}
+
+#[test]
+fn an_answer_has_the_same_bits_in_any_company_and_any_chunks() {
+    let alone = Rig::new("tiny-routed", &roomy()).answer(&probe());
+    let want = alone.only().bits();
+    assert_eq!(alone.only().tokens.len(), 24);
+    let mut budgets = Random(3);
+    for batch_tokens_max in [512, 17, 5 + budgets.below(40), 20 + budgets.below(100)] {
+        for company in [false, true] {
+            let config = EngineConfig {
+                batch_tokens_max,
+                ..roomy()
+            };
+            let mut submissions = if company { others() } else { Vec::new() };
+            submissions.push(probe());
+            let answers = Rig::new("tiny-routed", &config).answers(&submissions);
+            let found = answers.last().unwrap().only().bits();
+            assert!(found == want, "{batch_tokens_max} {company}");
+        }
+    }
+}
+
+#[test]
+fn an_answer_has_the_same_bits_after_preemption() {
+    let want = Rig::new("tiny-routed", &roomy()).answer(&probe());
+    for prefix_cache in [true, false] {
+        let config = EngineConfig {
+            kv_blocks: 11,
+            prefix_cache,
+            ..roomy()
+        };
+        let mut rig = Rig::new("tiny-routed", &config);
+        // Three that grow by two blocks and more: the cache holds two at their full length.
+        let mut submissions = vec![
+            random(&ids(5, 20), Variant::Safety, 60, 1),
+            random(&ids(6, 20), Variant::Both, 60, 2),
+        ];
+        submissions.push(probe());
+        let answers = rig.answers(&submissions);
+        assert!(rig.metrics.preemptions.get() > 0);
+        assert_eq!(answers[2].only().bits(), want.only().bits());
+        // No token is counted, or sent, a second time.
+        let tokens: usize = answers
+            .iter()
+            .map(|answer| answer.only().tokens.len())
+            .sum();
+        let counted: u64 = rig.metrics.generated_tokens.iter().map(|c| c.get()).sum();
+        assert_eq!(tokens as u64, counted);
+    }
+}
+
+#[test]
+fn an_answer_has_the_same_bits_from_the_prefix_cache() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let first = rig.answer(&probe());
+    let second = rig.answer(&probe());
+    assert_eq!(first.cached_tokens, Some(0));
+    assert_eq!(second.cached_tokens, Some(64));
+    assert_eq!(first.only().bits(), second.only().bits());
+    assert_eq!(rig.metrics.prefix_cache_query_tokens.get(), 140);
+    assert_eq!(rig.metrics.prefix_cache_hit_tokens.get(), 64);
+}
+
+#[test]
+fn a_prompt_that_is_cached_whole_still_computes_its_last_token() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let submission = random(&ids(2, 64), Variant::Routed, 4, 7);
+    let first = rig.answer(&submission);
+    let second = rig.answer(&submission);
+    assert_eq!(second.cached_tokens, Some(48));
+    assert_eq!(first.only().bits(), second.only().bits());
+}
+
+#[test]
+fn an_answer_is_part_of_the_next_turns_prefix() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let mut turn = greedy(&ids(2, 30), Variant::Routed, 20);
+    let answer = rig.answer(&turn);
+    turn.prompt
+        .extend(answer.only().ids().into_iter().map(TokenId));
+    turn.prompt.push(TokenId(9));
+    // 30 + 19 positions were computed: three blocks.
+    assert_eq!(rig.answer(&turn).cached_tokens, Some(48));
+}
+
+/// Requests with the probe's prompt that must not see its blocks.
+fn strangers() -> Vec<Submission> {
+    let with = |change: fn(&mut Submission)| {
+        let mut submission = probe();
+        change(&mut submission);
+        submission
+    };
+    let biased = |bias, floor, ceiling| {
+        let mut submission = probe();
+        submission.gates.safety = GateRule::new(bias, floor, ceiling).unwrap();
+        submission
+    };
+    let mut strangers: Vec<Submission> = [
+        Variant::Base,
+        Variant::Safety,
+        Variant::Helpfulness,
+        Variant::Both,
+    ]
+    .map(|variant| random(&ids(1, 70), variant, 24, 42))
+    .to_vec();
+    strangers.extend([
+        biased(1.5, 0.0, 1.0),
+        biased(0.0, 0.9, 1.0),
+        biased(0.0, 0.0, 0.1),
+        with(|s| s.gates.helpfulness = GateRule::new(-1.5, 0.0, 1.0).unwrap()),
+        with(|s| s.cache_salt = Some("tenant".to_owned())),
+        with(|s| s.cache_salt = Some(String::new())),
+    ]);
+    strangers
+}
+
+#[test]
+fn the_prefix_cache_serves_nobody_elses_blocks() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    rig.answer(&probe());
+    for (index, stranger) in strangers().iter().enumerate() {
+        let fresh = Rig::new("tiny-routed", &roomy()).answer(stranger);
+        let found = rig.answer(stranger);
+        assert_eq!(found.cached_tokens, Some(0), "stranger {index}");
+        assert!(
+            found.only().bits() == fresh.only().bits(),
+            "stranger {index}"
+        );
+        let again = rig.answer(stranger);
+        assert_eq!(again.cached_tokens, Some(64), "stranger {index}");
+    }
+}
+
+#[test]
+fn without_a_prefix_cache_requests_share_nothing() {
+    let config = EngineConfig {
+        prefix_cache: false,
+        ..roomy()
+    };
+    let mut rig = Rig::new("tiny-routed", &config);
+    rig.answer(&probe());
+    assert_eq!(rig.answer(&probe()).cached_tokens, Some(0));
+    assert_eq!(rig.metrics.prefix_cache_query_tokens.get(), 0);
+}
+
+#[test]
+fn choices_share_the_prompt_and_differ_in_their_numbers() {
+    for prefix_cache in [true, false] {
+        let config = EngineConfig {
+            prefix_cache,
+            ..roomy()
+        };
+        let mut rig = Rig::new("tiny-routed", &config);
+        let mut submission = random(&ids(1, 70), Variant::Routed, 12, 5);
+        submission.choices = 4;
+        let answer = rig.answer(&submission);
+        assert_eq!(answer.choices.len(), 4);
+        let texts: HashSet<_> = answer.choices.iter().map(|choice| choice.ids()).collect();
+        assert_eq!(texts.len(), 4, "each choice has numbers of its own");
+        // The prompt once; the others from its last whole block on; then 11 decodes each.
+        let computed = 70 + 3 * (70 - 64) + 4 * 11;
+        assert_eq!(rig.metrics.step_tokens.sum(), f64::from(computed));
+        submission.choices = 1;
+        let alone = Rig::new("tiny-routed", &config).answer(&submission);
+        assert_eq!(alone.only().bits(), answer.choices[0].bits());
+    }
+}
+
+#[test]
+fn a_lost_client_frees_its_blocks_within_a_step() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let mut submission = random(&ids(1, 70), Variant::Routed, 400, 5);
+    submission.choices = 3;
+    for steps in [0, 1, 2, 5] {
+        let stream = rig.submit(&submission);
+        let mut other = rig.submit(&greedy(&ids(3, 5), Variant::Base, 3));
+        for _ in 0..steps {
+            rig.engine.step().unwrap();
+        }
+        drop(stream);
+        rig.run();
+        assert_eq!(Answer::read(&mut other).only().tokens.len(), 3);
+        assert_eq!(rig.held(), 0);
+        assert_eq!(rig.handle.waiting(), 0);
+    }
+    assert_eq!(rig.metrics.cancellations.get(), 4);
+}
+
+#[test]
+fn a_choice_that_is_stopped_ends_and_the_others_go_on() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let mut submission = random(&ids(1, 20), Variant::Routed, 30, 5);
+    submission.choices = 2;
+    let mut stream = rig.submit(&submission);
+    for _ in 0..5 {
+        rig.engine.step().unwrap();
+    }
+    stream.stop(0);
+    rig.run();
+    let answer = Answer::read(&mut stream);
+    let [stopped, whole] = &answer.choices[..] else {
+        panic!("two choices");
+    };
+    assert_eq!(stopped.end, Some(End::Finished(FinishReason::Stop)));
+    assert!(stopped.tokens.len() < 30);
+    assert_eq!(whole.end, Some(End::Finished(FinishReason::Length)));
+    assert_eq!(whole.tokens.len(), 30);
+    assert_eq!(rig.metrics.cancellations.get(), 0);
+}
+
+#[test]
+fn answers_end_where_they_should() {
+    let goldens = goldens("tiny-routed");
+    let ids = &goldens[0].greedy[0].1;
+    // The golden's end of sequence comes as its fifteenth token.
+    let eos_at = ids.iter().position(|id| *id == 2).unwrap();
+    let base = greedy(&goldens[0].prompt, Variant::Routed, 32);
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let with = |change: &dyn Fn(&mut Submission)| {
+        let mut submission = base.clone();
+        change(&mut submission);
+        submission
+    };
+    let eos = with(&|s| s.sampling.ignore_eos = false);
+    let stop = with(&|s| s.sampling.stop_token_ids = vec![TokenId(ids[3])]);
+    let first = ids.iter().position(|id| *id == ids[3]).unwrap();
+    let length = with(&|s| s.sampling.max_tokens = 5);
+    for (submission, want, reason) in [
+        (&eos, eos_at + 1, FinishReason::Stop),
+        (&stop, first + 1, FinishReason::Stop),
+        (&length, 5, FinishReason::Length),
+        (&base, 32, FinishReason::Length),
+    ] {
+        let answer = rig.answer(submission);
+        assert_eq!(answer.only().ids(), ids[..want]);
+        assert_eq!(answer.only().end, Some(End::Finished(reason)));
+    }
+    let late = with(&|s| (s.sampling.ignore_eos, s.sampling.min_tokens) = (false, 20));
+    assert!(rig.answer(&late).only().tokens.len() >= 20);
+}
+
+#[test]
+fn prompt_logprobs_come_whole_in_any_chunks() {
+    let golden = &goldens("tiny-routed")[2];
+    let mut submission = greedy(&golden.prompt, Variant::Routed, 0);
+    submission.prompt_logprobs = Some(2);
+    let mut want = None;
+    for batch_tokens_max in [512, 7, 33] {
+        let config = EngineConfig {
+            batch_tokens_max,
+            ..roomy()
+        };
+        let mut rig = Rig::new("tiny-routed", &config);
+        // A cached prefix would leave out what was asked for.
+        for _ in 0..2 {
+            let answer = rig.answer(&submission);
+            assert_eq!(answer.cached_tokens, Some(0));
+            let logprobs = answer.prompt_logprobs.as_ref().unwrap();
+            assert_eq!(logprobs.len(), golden.prompt.len());
+            assert!(logprobs[0].is_none());
+            let bits: Vec<_> = logprobs[1..]
+                .iter()
+                .map(|one| logprob_bits(one.as_ref().unwrap()))
+                .collect();
+            assert_eq!(&bits, want.get_or_insert(bits.clone()));
+            let choice = answer.only();
+            assert!(choice.tokens.is_empty());
+            assert_eq!(choice.end, Some(End::Finished(FinishReason::Length)));
+        }
+        // With an answer and several choices too.
+        let mut talking = submission.clone();
+        (talking.sampling.max_tokens, talking.choices) = (3, 2);
+        let answer = rig.answer(&talking);
+        assert_eq!(answer.prompt_logprobs.unwrap().len(), golden.prompt.len());
+        assert!(answer.choices.iter().all(|choice| choice.tokens.len() == 3));
+    }
+}
+
+#[test]
+fn prompt_logprobs_are_the_goldens() {
+    let golden = &goldens("tiny-routed")[2];
+    let bytes = std::fs::read(fixture("tiny-routed").join("golden/inference_f32.safetensors"));
+    let bytes = bytes.unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let logits = tensors.tensor("chat.routed.logits").unwrap();
+    let logits: Vec<f64> = logits
+        .data()
+        .chunks_exact(4)
+        .map(|x| f64::from(f32::from_le_bytes(x.try_into().unwrap())))
+        .collect();
+    let mut submission = greedy(&golden.prompt, Variant::Routed, 0);
+    submission.prompt_logprobs = Some(0);
+    let answer = Rig::new("tiny-routed", &roomy()).answer(&submission);
+    let found = answer.prompt_logprobs.unwrap();
+    let rows = logits.chunks_exact(logits.len() / golden.prompt.len());
+    for (position, row) in rows.enumerate().take(golden.prompt.len() - 1) {
+        let sum: f64 = row.iter().map(|logit| logit.exp()).sum();
+        let want = row[golden.prompt[position + 1] as usize] - sum.ln();
+        let found = found[position + 1].as_ref().unwrap().logprob;
+        // Twice the tolerance of one logit: a difference of two.
+        assert!((f64::from(found) - want).abs() < 4e-4, "{position}");
+    }
+}
+
+#[test]
+fn gates_are_told_as_asked_and_measured() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let mut submission = greedy(&ids(4, 9), Variant::Safety, 6);
+    let layers = rig.answer(&submission);
+    let gates = layers.only().tokens[0].gates.as_ref().unwrap();
+    assert_eq!(
+        (&gates.safety, &gates.helpfulness),
+        (&vec![1.0; 3], &vec![0.0; 3])
+    );
+    submission.gate_detail = GateDetail::Mean;
+    let gates = rig.answer(&submission).only().tokens[5]
+        .gates
+        .clone()
+        .unwrap();
+    assert_eq!((gates.safety, gates.helpfulness), (vec![1.0], vec![0.0]));
+    submission.gate_detail = GateDetail::None;
+    let answer = rig.answer(&submission);
+    assert!(
+        answer
+            .only()
+            .tokens
+            .iter()
+            .all(|token| token.gates.is_none())
+    );
+    let safety = rig.metrics.gates.of(Gate::Safety).of(Variant::Safety);
+    assert_eq!((safety.count(), safety.sum()), (18, 18.0));
+    let helpfulness = rig.metrics.gates.of(Gate::Helpfulness).of(Variant::Safety);
+    assert_eq!((helpfulness.count(), helpfulness.sum()), (18, 0.0));
+}
+
+#[test]
+fn a_broken_row_fails_its_own_sequence_only() {
+    let mut rig = Rig::new("tiny-routed", &roomy());
+    let mut broken = greedy(&ids(4, 9), Variant::Routed, 6);
+    broken.sampling.logit_bias = vec![(TokenId(7), f32::NAN)];
+    let answers = rig.answers(&[broken, probe()]);
+    let end = answers[0].choices[0].end.clone();
+    assert!(matches!(end, Some(End::Failed(message)) if message.contains("not finite")));
+    let alone = Rig::new("tiny-routed", &roomy()).answer(&probe());
+    assert_eq!(answers[1].only().bits(), alone.only().bits());
+}
+
+#[test]
+fn what_can_never_fit_is_refused_with_its_sizes() {
+    let config = EngineConfig {
+        kv_blocks: 8,
+        queue_max: 2,
+        ..roomy()
+    };
+    let rig = Rig::new("tiny-routed", &config);
+    let refused = |submission: &Submission| rig.handle.submit(submission.clone()).err().unwrap();
+    for (prompt, max_tokens, want) in [
+        (vec![], 1, SubmitError::EmptyPrompt),
+        (
+            vec![1, 512],
+            1,
+            SubmitError::TokenOutOfRange {
+                found: 512,
+                vocabulary: 512,
+            },
+        ),
+        (
+            ids(1, 500),
+            13,
+            SubmitError::ContextLength {
+                limit: 512,
+                prompt: 500,
+                max_tokens: 13,
+            },
+        ),
+        (
+            ids(1, 120),
+            10,
+            SubmitError::CacheTooSmall {
+                needed: 9,
+                blocks: 8,
+            },
+        ),
+    ] {
+        assert_eq!(refused(&greedy(&prompt, Variant::Base, max_tokens)), want);
+    }
+    // 120 + 9 tokens, of which the last is never computed: 8 blocks.
+    let _fits = rig.submit(&greedy(&ids(1, 120), Variant::Base, 9));
+    let _second = rig.submit(&probe());
+    assert_eq!(refused(&probe()), SubmitError::QueueFull { limit: 2 });
+    assert_eq!(rig.metrics.refusals.of(Refusal::Invalid).get(), 4);
+    assert_eq!(rig.metrics.refusals.of(Refusal::QueueFull).get(), 1);
+}
+
+#[test]
+fn the_longest_request_that_fits_runs_to_its_end() {
+    let config = EngineConfig {
+        kv_blocks: 8,
+        ..roomy()
+    };
+    let mut rig = Rig::new("tiny-routed", &config);
+    let longest = greedy(&ids(1, 120), Variant::Base, 9);
+    let answers = rig.answers(&[longest.clone(), longest]);
+    assert!(answers.iter().all(|answer| answer.only().tokens.len() == 9));
+}
+
+#[test]
+fn a_model_without_experts_serves_its_base_only() {
+    let config = roomy();
+    let mut plain = checkpoint("tiny-routed");
+    plain.experts = None;
+    let options = midpo::engine::model_options(
+        &config,
+        midpo::backend::KvFormat::F32,
+        midpo::backend::WeightFormat::Stored,
+    );
+    let model = midpo::model::RoutedLlama::new(cpu(), &plain, options).unwrap();
+    let metrics = std::sync::Arc::new(Metrics::new("plain"));
+    let (handle, engine) = Engine::new(model, &config, std::sync::Arc::clone(&metrics));
+    let mut rig = Rig {
+        handle,
+        engine,
+        metrics,
+    };
+    let variant = Variant::Routed.as_str();
+    let refused = rig.handle.submit(probe()).err();
+    assert_eq!(refused, Some(SubmitError::NoExperts { variant }));
+    let base = random(&ids(1, 70), Variant::Base, 8, 1);
+    let found = rig.answer(&base);
+    assert!(
+        found
+            .only()
+            .tokens
+            .iter()
+            .all(|token| token.gates.is_none())
+    );
+    // The base variant of a routed model is the base, to the bit.
+    let routed = Rig::new("tiny-routed", &roomy()).answer(&base);
+    for (plain, routed) in found.only().tokens.iter().zip(&routed.only().tokens) {
+        assert_eq!(plain.id, routed.id);
+        assert_eq!(plain.logprobs, routed.logprobs);
+    }
+}
+
+#[test]
+fn metrics_add_up_after_random_work() {
+    let config = EngineConfig {
+        kv_blocks: 14,
+        batch_tokens_max: 40,
+        sequences_max: 6,
+        ..roomy()
+    };
+    let mut rig = Rig::new("tiny-routed", &config);
+    let mut random_numbers = Random(11);
+    let mut open = Vec::new();
+    let (mut requests, mut dropped, mut answers) = (0u64, 0, Vec::new());
+    for _ in 0..160 {
+        if requests < 90 && open.len() < 12 {
+            let n = random_numbers.below(1000) as u32;
+            let prompt = ids(n % 5, 1 + random_numbers.below(90));
+            let variant = Variant::ALL[n as usize % 5];
+            let mut submission = random(&prompt, variant, n % 30, u64::from(n));
+            submission.choices = 1 + n % 2;
+            open.push(rig.submit(&submission));
+            requests += 1;
+        }
+        rig.engine.step().unwrap();
+        rig.engine.scheduler().assert_invariants();
+        if random_numbers.one_in(6) && !open.is_empty() {
+            drop(open.remove(random_numbers.below(open.len())));
+            dropped += 1;
+        }
+        if open.len() >= 12 {
+            rig.run();
+            answers.extend(open.drain(..).map(|mut stream| Answer::read(&mut stream)));
+        }
+    }
+    rig.run();
+    answers.extend(open.drain(..).map(|mut stream| Answer::read(&mut stream)));
+    check_sums(&rig.metrics, requests, dropped, &answers);
+    assert_eq!(rig.held(), 0);
+}
+
+fn check_sums(metrics: &Metrics, requests: u64, dropped: u64, answers: &[Answer]) {
+    let sum = |counters: &mut dyn Iterator<Item = u64>| counters.sum::<u64>();
+    let taken = sum(&mut metrics.requests.iter().map(|c| c.get()));
+    let finished = metrics.requests_finished.iter().flat_map(|by| by.iter());
+    assert_eq!(taken, requests);
+    assert_eq!(sum(&mut finished.map(|c| c.get())), requests);
+    let cancelled = Variant::ALL.map(|variant| {
+        let finished = metrics.requests_finished.of(variant);
+        finished.of(FinishReason::Cancelled).get()
+    });
+    assert_eq!(cancelled.iter().sum::<u64>(), metrics.cancellations.get());
+    // Some clients left when all was said already.
+    assert!((1..=dropped).contains(&metrics.cancellations.get()));
+    assert_eq!(answers.len() as u64 + dropped, requests);
+    for choice in answers.iter().flat_map(|answer| &answer.choices) {
+        assert!(matches!(choice.end, Some(End::Finished(_))), "{choice:?}");
+    }
+    // Of those whose client stayed; the others' tokens are counted too, but nobody read them.
+    let with_token = answers.iter().filter(|answer| {
+        answer
+            .choices
+            .iter()
+            .any(|choice| !choice.tokens.is_empty())
+    });
+    let first_tokens = metrics.time_to_first_token.count();
+    let least = with_token.count() as u64;
+    assert!((least..=least + dropped).contains(&first_tokens));
+    let generated = sum(&mut metrics.generated_tokens.iter().map(|c| c.get()));
+    let read = answers.iter().flat_map(|answer| &answer.choices);
+    assert!(generated >= read.map(|choice| choice.tokens.len() as u64).sum());
+    assert_eq!(metrics.request_duration.count(), requests);
+    assert_eq!(metrics.sequences_running.get(), 0);
+    assert_eq!(metrics.sequences_waiting.get(), 0);
+    assert_eq!(metrics.kv_cache_usage.get(), 0.0);
+    for gate in Gate::ALL {
+        let observed = metrics.gates.of(*gate).iter().map(|h| h.count());
+        assert_eq!(observed.sum::<u64>(), generated);
+    }
+}
+
+fn fragile(config: &EngineConfig) -> (Rig<Fragile>, Faults) {
+    let faults = Faults::default();
+    let backend = Fragile {
+        inner: cpu(),
+        faults: faults.clone(),
+    };
+    (Rig::over(backend, "tiny-routed", config), faults)
+}
+
+#[test]
+fn a_failed_step_ends_its_sequences_and_the_engine_goes_on() {
+    let (mut rig, faults) = fragile(&roomy());
+    let mut streams: Vec<_> = others()[..4].iter().map(|one| rig.submit(one)).collect();
+    rig.engine.step().unwrap();
+    faults.fail(1);
+    rig.run();
+    for stream in &mut streams {
+        let answer = Answer::read(stream);
+        assert!(matches!(answer.choices[0].end, Some(End::Failed(_))));
+    }
+    assert_eq!(rig.held(), 0);
+    assert_eq!(rig.metrics.step_failures.get(), 1);
+    // Nothing that the failed step left behind is found by others.
+    let alone = Rig::new("tiny-routed", &roomy()).answer(&probe());
+    assert_eq!(rig.answer(&probe()).only().bits(), alone.only().bits());
+}
+
+#[test]
+fn choices_fail_together_when_their_prompt_cannot_be_computed() {
+    let (mut rig, faults) = fragile(&roomy());
+    let mut submission = probe();
+    (submission.choices, submission.prompt_logprobs) = (3, Some(1));
+    let mut stream = rig.submit(&submission);
+    faults.fail(1);
+    rig.run();
+    let answer = Answer::read(&mut stream);
+    assert_eq!(answer.choices.len(), 3);
+    let failed = |end: &Option<End>| matches!(end, Some(End::Failed(_)));
+    assert!(answer.choices.iter().all(|choice| failed(&choice.end)));
+}
+
+#[test]
+fn an_engine_whose_device_keeps_failing_dies() {
+    let (rig, faults) = fragile(&roomy());
+    faults.fail(1000);
+    let submissions = [
+        others()[0].clone(),
+        others()[1].clone(),
+        others()[2].clone(),
+    ];
+    let Rig { handle, engine, .. } = rig;
+    let thread = std::thread::spawn(|| engine.run());
+    for submission in submissions {
+        let Ok(mut stream) = handle.submit(submission) else {
+            continue;
+        };
+        let mut answer = Answer::read(&mut stream);
+        while let Some(event) = stream.next_blocking() {
+            answer.push(event);
+        }
+        assert!(matches!(answer.choices[0].end, Some(End::Failed(_))));
+    }
+    assert_eq!(thread.join().unwrap(), EngineState::Dead);
+    assert_eq!(handle.state(), EngineState::Dead);
+}
+
+#[test]
+fn a_panic_tells_every_open_request_and_ends_in_death() {
+    let (mut rig, faults) = fragile(&roomy());
+    let mut running = random(&ids(1, 20), Variant::Routed, 50, 1);
+    running.choices = 2;
+    let mut streams = vec![rig.submit(&running)];
+    for _ in 0..4 {
+        rig.engine.step().unwrap();
+    }
+    // One that runs, one that has not come in yet.
+    streams.push(rig.submit(&probe()));
+    faults.panic();
+    let Rig {
+        handle,
+        engine,
+        metrics,
+    } = rig;
+    let state = std::thread::spawn(|| engine.run()).join().unwrap();
+    assert_eq!(state, EngineState::Dead);
+    assert_eq!(handle.state(), EngineState::Dead);
+    assert_eq!(handle.submit(probe()).err(), Some(SubmitError::EngineGone));
+    for (stream, choices) in streams.iter_mut().zip([2, 1]) {
+        let mut answer = Answer::read(stream);
+        assert!(stream.next_blocking().is_none(), "the stream is closed");
+        assert_eq!(answer.choices.len(), choices);
+        for choice in answer.choices.drain(..) {
+            assert!(matches!(choice.end, Some(End::Failed(_))), "{choice:?}");
+        }
+    }
+    assert_eq!(metrics.sequences_running.get(), 0);
+    assert_eq!(handle.waiting(), 0);
+}
+
+#[test]
+fn a_draining_engine_finishes_what_it_has_and_stops() {
+    let config = roomy();
+    let metrics = std::sync::Arc::new(Metrics::new("m"));
+    let model = model(cpu(), "tiny-routed", &config);
+    let (handle, thread) = Engine::spawn(model, &config, metrics).unwrap();
+    assert_eq!(handle.state(), EngineState::Running);
+    let streams: Vec<_> = others()
+        .into_iter()
+        .map(|one| (one.sampling.max_tokens, handle.submit(one).unwrap()))
+        .collect();
+    handle.drain();
+    assert_eq!(handle.submit(probe()).err(), Some(SubmitError::Draining));
+    for (max_tokens, mut stream) in streams {
+        let mut answer = Answer::read(&mut stream);
+        while let Some(event) = stream.next_blocking() {
+            answer.push(event);
+        }
+        assert_eq!(answer.only().tokens.len(), max_tokens as usize);
+    }
+    assert_eq!(thread.join(), EngineState::Stopped);
+    assert_eq!(handle.health().stalled, None);
+    assert_eq!(handle.submit(probe()).err(), Some(SubmitError::Draining));
+}
+
+#[test]
+fn an_engine_without_handles_stops() {
+    let config = roomy();
+    let metrics = std::sync::Arc::new(Metrics::new("m"));
+    let model = model(cpu(), "tiny-routed", &config);
+    let (handle, thread) = Engine::spawn(model, &config, metrics).unwrap();
+    let mut stream = handle.submit(probe()).unwrap();
+    drop(handle);
+    let mut tokens = 0;
+    while let Some(event) = stream.next_blocking() {
+        tokens += usize::from(matches!(event, midpo::engine::Event::Token { .. }));
+    }
+    assert_eq!(tokens, 24);
+    assert_eq!(thread.join(), EngineState::Stopped);
+}
