@@ -2,6 +2,8 @@
 //!
 //! It reads text, not syntax: code is what stands before a file's test module, without comment lines.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};

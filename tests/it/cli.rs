@@ -1,5 +1,7 @@
 //! The binary as a user meets it: what it prints, what it refuses, how it starts and ends.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};

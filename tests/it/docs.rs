@@ -1,6 +1,8 @@
 //! Holds what users read to what the program is: generated files are current, and whatever a dashboard, an alert or a command
 //! of the README names exists.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;

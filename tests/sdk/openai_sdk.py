@@ -191,7 +191,7 @@ def errors(server, client, model):
 
     for change, param in [
         ({"temperature": 9}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"messages": []}, "messages"),
         ({"n": 0}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
