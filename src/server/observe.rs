@@ -113,7 +113,7 @@ fn route(request: &Request) -> Route {
         .get::<MatchedPath>()
         .map(MatchedPath::as_str);
     let pattern = match pattern {
-        Some("/v1/models/{id}") => "/v1/models",
+        Some("/v1/models/{*id}") => "/v1/models",
         Some(pattern) => pattern,
         None => return Route::Other,
     };

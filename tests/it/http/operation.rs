@@ -1,5 +1,7 @@
 //! What operators see: ids, metrics, health, drain, cancellation.
 
+use std::io::Write;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -337,4 +339,92 @@ async fn gzip_is_for_bodies_and_never_for_streams() {
         encoding(server.request("POST", TEXT).json(&long(true))).await,
         None
     );
+}
+
+/// Takes in what is logged on this thread, which is all of them: the test's runtime has one.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn logs_name_the_request_and_tell_its_words_only_where_configured() {
+    // While there is only one subscriber, `tracing` asks whichever thread meets a log line first whether anybody listens, and
+    // remembers the answer for all: another test would deafen this one.
+    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
+    for log_content in [false, true] {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::TRACE)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let mut setup = Setup::default();
+        setup.server.log_content = log_content;
+        let server = TestServer::with(setup).await;
+        let answer = async |stream: bool| {
+            let body = json!({"messages": [{"role": "user", "content": "xylophone"}], "frobnicate": "quixotic",
+                "max_tokens": 4, "ignore_eos": true, "stream": stream});
+            let request = server
+                .request("POST", CHAT)
+                .header("x-request-id", "id-of-mine")
+                .json(&body);
+            request.send().await.unwrap().text().await.unwrap()
+        };
+        answer(false).await;
+        answer(true).await;
+        server.rest().await;
+        until("both are logged", || {
+            let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+            text.matches("answered").count() == 2
+        })
+        .await;
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let answered: Vec<&str> = text
+            .lines()
+            .filter(|line| line.ends_with("answered"))
+            .collect();
+        for line in &answered {
+            for field in [
+                "request_id=id-of-mine",
+                "variant=\"routed\"",
+                "completion_tokens=4",
+                "finish_reason=\"length\"",
+            ] {
+                assert!(line.contains(field), "{field} in {line}");
+            }
+        }
+        assert!(text.contains("frobnicate"), "unknown fields are listed");
+        assert!(!text.contains("quixotic"), "but not what they say");
+        assert_eq!(text.contains("xylophone"), log_content, "{text}");
+    }
+}
+
+#[tokio::test]
+async fn names_of_models_may_hold_slashes() {
+    let mut setup = Setup::default();
+    setup.server.served_model_name = "organisation/model".to_owned();
+    let server = TestServer::with(setup).await;
+    for id in ["organisation/model", "organisation/model:safety"] {
+        let (status, model) = server.get(&format!("/v1/models/{id}")).await;
+        assert_eq!((status.as_u16(), model["id"].as_str()), (200, Some(id)));
+        server
+            .answer(TEXT, json!({"model": id, "prompt": "a", "max_tokens": 1}))
+            .await;
+    }
+    let models = server
+        .metrics
+        .http_requests
+        .of(Route::Models)
+        .of(Status::Ok);
+    assert_eq!(models.get(), 2);
 }

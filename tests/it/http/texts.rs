@@ -123,7 +123,7 @@ async fn echo_puts_the_prompt_before_the_answer_and_offsets_go_on() {
             of(json!("hello"), json!({"logprobs": 0, "echo": true})),
         )
         .await;
-    let joined: String = streamed.iter().map(|chunk| text(chunk)).collect();
+    let joined: String = streamed.iter().map(text).collect();
     assert_eq!(joined, text(&echoed));
     let streamed: Vec<Value> = streamed
         .iter()
