@@ -397,23 +397,29 @@ impl<'a> Context<'a> {
             }
             let (old, new) = (merged[maxima + query], partial[maxima + query]);
             let max = old.max(new);
-            let factor = |x: f32| exp(simd, simd.splat(x - max));
-            let (old, new) = (factor(old), factor(new));
             merged[maxima + query] = max;
-            let row = query * size;
-            let scaled = |at: usize, lanes: usize, merged: &mut [f32]| {
-                // SAFETY: `lanes` numbers at `at` are in both.
-                unsafe {
-                    let a = load_some(simd, merged[at..].as_ptr(), lanes);
-                    let b = load_some(simd, partial[at..].as_ptr(), lanes);
-                    let sum = simd.fma(a, old, simd.mul(b, new));
-                    store_some(simd, merged[at..].as_mut_ptr(), lanes, sum);
-                }
-            };
-            for at in (0..size).step_by(LANES) {
-                scaled(row + at, LANES.min(size - at), merged);
+            let old = exp(simd, simd.splat(old - max));
+            let new = exp(simd, simd.splat(new - max));
+            let mut at = query * size;
+            // Its mixture in vectors, then its sum.
+            for lanes in (0..size).step_by(LANES).map(|done| LANES.min(size - done)) {
+                rescale(
+                    simd,
+                    old,
+                    new,
+                    &partial[at..][..lanes],
+                    &mut merged[at..][..lanes],
+                );
+                at += lanes;
             }
-            scaled(totals + query, 1, merged);
+            let total = totals + query;
+            rescale(
+                simd,
+                old,
+                new,
+                &partial[total..][..1],
+                &mut merged[total..][..1],
+            );
         }
     }
 
@@ -438,6 +444,19 @@ impl<'a> Context<'a> {
                 }
             }
         }
+    }
+}
+
+/// merged = merged * old + partial * new, of at most LANES numbers.
+#[inline(always)]
+fn rescale<S: Simd>(simd: S, old: S::F, new: S::F, partial: &[f32], merged: &mut [f32]) {
+    let lanes = LANES.min(partial.len()).min(merged.len());
+    // SAFETY: both hold `lanes`.
+    unsafe {
+        let a = load_some(simd, merged.as_ptr(), lanes);
+        let b = load_some(simd, partial.as_ptr(), lanes);
+        let sum = simd.fma(a, old, simd.mul(b, new));
+        store_some(simd, merged.as_mut_ptr(), lanes, sum);
     }
 }
 

@@ -3,7 +3,7 @@
 //! h is cut into splits of [`SPLIT`] inputs. Each split is written and, while it is in the first-level cache, met with its
 //! columns of E; the splits' sums are added in order. So one row can keep all threads busy, and the bits depend on m only.
 //!
-//! Bound: 2m + m numbers a row and E once for six rows; E is a few rows beside the base's d.
+//! Bound: 2m + m numbers a row, and E from the second-level cache once for [`ROWS`] rows; E is a few rows beside the base's d.
 
 #![allow(unsafe_code)]
 
@@ -18,8 +18,8 @@ use crate::backend::{HostSequence, HostStep, Matrix};
 
 /// Inputs in a split: a multiple of every format's unit.
 pub const SPLIT: usize = 256;
-/// Rows that meet E together.
-pub const ROWS: usize = gemm::FEW_ROWS;
+/// Rows that meet a split of E while it is in the cache.
+pub const ROWS: usize = 4 * gemm::FEW_ROWS;
 
 /// What all chunks share.
 #[derive(Clone, Copy)]

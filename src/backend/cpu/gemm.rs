@@ -435,25 +435,28 @@ impl Kernel for Widen<'_> {
         let (weights, lanes) = (self.matrix.weights(self.panel), self.panel.lanes);
         assert!(self.inputs.end <= self.matrix.inputs());
         let (out, _) = self.out.as_chunks_mut::<LANES>();
-        let floats = out.iter_mut().zip(self.inputs.clone());
         // SAFETY: the panel's weights are where `PackedMatrix` says, the inputs are its (asserted), and `out` is a slice that
         // `zip` and `chunks` keep within.
         unsafe {
             match self.panel.format {
-                Format::F32 => floats.for_each(|(out, k)| {
-                    simd.store(
-                        out.as_mut_ptr(),
-                        simd.load(weights.cast::<f32>().add(k * lanes)),
-                    );
-                }),
-                Format::BF16 => floats.for_each(|(out, k)| {
-                    let w = simd.load_bf16(weights.cast::<u16>().add(k * lanes));
-                    simd.store(out.as_mut_ptr(), w);
-                }),
-                Format::F16 => floats.for_each(|(out, k)| {
-                    let w = simd.load_f16(weights.cast::<u16>().add(k * lanes));
-                    simd.store(out.as_mut_ptr(), w);
-                }),
+                Format::F32 => {
+                    for (out, k) in out.iter_mut().zip(self.inputs) {
+                        let w = simd.load(weights.cast::<f32>().add(k * lanes));
+                        simd.store(out.as_mut_ptr(), w);
+                    }
+                }
+                Format::BF16 => {
+                    for (out, k) in out.iter_mut().zip(self.inputs) {
+                        let w = simd.load_bf16(weights.cast::<u16>().add(k * lanes));
+                        simd.store(out.as_mut_ptr(), w);
+                    }
+                }
+                Format::F16 => {
+                    for (out, k) in out.iter_mut().zip(self.inputs) {
+                        let w = simd.load_f16(weights.cast::<u16>().add(k * lanes));
+                        simd.store(out.as_mut_ptr(), w);
+                    }
+                }
                 Format::Quant(quant) => {
                     let len = quant.unit_len();
                     let units = self.inputs.start / len..self.inputs.end / len;
@@ -588,14 +591,22 @@ fn rows_by_tiles<S: Simd, const P: usize>(
     let mut row = rows.start;
     while row < rows.end {
         let left = rows.end - row;
-        row += if const { S::ACCUMULATORS >= 12 * P } && left >= 12 {
-            call_rows::<S, 12, P>(simd, tile, row)
-        } else if const { S::ACCUMULATORS >= 6 * P } && left >= 6 {
-            call_rows::<S, 6, P>(simd, tile, row)
-        } else if const { S::ACCUMULATORS >= 6 * P } && left >= 3 {
-            call_rows::<S, 3, P>(simd, tile, row)
-        } else {
-            call_rows::<S, 1, P>(simd, tile, row)
+        if const { S::ACCUMULATORS >= 12 * P } && left >= 12 {
+            row += call_rows::<S, 12, P>(simd, tile, row);
+            continue;
+        }
+        if const { S::ACCUMULATORS < 6 * P } {
+            row += call_rows::<S, 1, P>(simd, tile, row);
+            continue;
+        }
+        // Tiles of about one height: a low one has too few chains to hide their latency (8 rows are 4 + 4, not 6 + 2).
+        row += match left.div_ceil(left.div_ceil(6)) {
+            6.. => call_rows::<S, 6, P>(simd, tile, row),
+            5 => call_rows::<S, 5, P>(simd, tile, row),
+            4 => call_rows::<S, 4, P>(simd, tile, row),
+            3 => call_rows::<S, 3, P>(simd, tile, row),
+            2 => call_rows::<S, 2, P>(simd, tile, row),
+            _ => call_rows::<S, 1, P>(simd, tile, row),
         };
     }
 }
