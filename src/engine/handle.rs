@@ -437,12 +437,12 @@ impl EngineInbox {
     }
 
     /// Takes no more requests; returns those that were still queued.
-    pub(super) fn close(&mut self) -> Vec<Box<Admission>> {
+    pub(super) fn close(&mut self) -> Vec<Admission> {
         self.commands.close();
         let mut left = Vec::new();
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(admission) = command {
-                left.push(admission);
+                left.push(*admission);
             }
         }
         left
@@ -501,5 +501,115 @@ impl EventStream {
         if let Some(stop) = self.stops.get(choice as usize) {
             stop.store(true, Ordering::Release);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+
+    fn pair(queue_max: usize) -> (EngineHandle, EngineInbox) {
+        let limits = EngineLimits {
+            context_tokens_max: 100,
+            vocabulary: 10,
+            routed: true,
+            layers: 1,
+            queue_max,
+            kv_blocks: 100,
+        };
+        EngineHandle::new(limits, Arc::new(Metrics::new("m")))
+    }
+
+    fn submission() -> Submission {
+        Submission {
+            prompt: vec![TokenId(1)],
+            sampling: SamplingParams::default(),
+            choices: 2,
+            variant: Variant::Routed,
+            gates: Variant::Routed.gates(),
+            cache_salt: None,
+            prompt_logprobs: None,
+            gate_detail: GateDetail::None,
+        }
+    }
+
+    fn received(inbox: &mut EngineInbox) -> Option<Admission> {
+        match inbox.poll() {
+            Received::Submit(admission) => Some(*admission),
+            Received::Nothing | Received::Closed => None,
+        }
+    }
+
+    #[test]
+    fn a_place_in_the_queue_is_kept_until_the_first_step() {
+        let (handle, mut inbox) = pair(1);
+        let _stream = handle.submit(submission()).unwrap();
+        let admission = received(&mut inbox).unwrap();
+        let full = SubmitError::QueueFull { limit: 1 };
+        assert_eq!(handle.submit(submission()).err(), Some(full));
+        drop(admission.ticket);
+        assert!(handle.submit(submission()).is_ok());
+    }
+
+    #[test]
+    fn a_channel_holds_all_that_its_request_can_say() {
+        let (handle, mut inbox) = pair(1);
+        let _stream = handle.submit(submission()).unwrap();
+        let admission = received(&mut inbox).unwrap();
+        // The prompt, and for each of two choices 16 tokens and an end.
+        assert_eq!(admission.events.max_capacity(), 1 + 2 * 17);
+        let endless = Submission {
+            choices: u32::MAX,
+            ..submission()
+        };
+        assert!(events_max(&endless) <= tokio::sync::Semaphore::MAX_PERMITS);
+    }
+
+    #[test]
+    fn what_was_sent_before_the_drain_is_received() {
+        let (handle, mut inbox) = pair(2);
+        let _first = handle.submit(submission()).unwrap();
+        handle.drain();
+        assert_eq!(
+            handle.submit(submission()).err(),
+            Some(SubmitError::Draining)
+        );
+        assert!(matches!(inbox.wait(), Received::Submit(_)));
+        assert!(matches!(inbox.wait(), Received::Closed));
+    }
+
+    #[test]
+    fn life_goes_one_way() {
+        let (handle, mut inbox) = pair(1);
+        inbox.close();
+        let gone = handle.submit(submission()).err();
+        assert_eq!(gone, Some(SubmitError::EngineGone));
+        inbox.end(EngineState::Dead);
+        handle.drain();
+        assert_eq!(handle.state(), EngineState::Dead);
+    }
+
+    #[test]
+    fn health_tells_a_stall_only_while_there_is_work() {
+        let (handle, inbox) = pair(1);
+        assert_eq!(handle.health().stalled, None);
+        inbox.set_busy(true);
+        assert!(handle.health().stalled.is_some());
+        inbox.set_busy(false);
+        assert_eq!(handle.health().stalled, None);
+    }
+
+    #[test]
+    fn a_refused_request_hears_of_every_choice() {
+        let (handle, mut inbox) = pair(1);
+        let mut stream = handle.submit(submission()).unwrap();
+        received(&mut inbox).unwrap().refuse("gone");
+        for want in 0..2 {
+            let event = stream.try_next();
+            assert!(matches!(event, Some(Event::Failed { choice, .. }) if choice == want));
+        }
+        assert_eq!(handle.waiting(), 0);
     }
 }

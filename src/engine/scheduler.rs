@@ -364,3 +364,131 @@ impl Scheduler {
         Some((sequence.request(), sequence.choice()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::super::prefix::{PrefixRoot, Sharing};
+    use super::*;
+    use crate::types::Variant;
+
+    fn new(prompt: usize, request: u64) -> NewSequence {
+        let gates = Variant::Base.gates();
+        let root = PrefixRoot {
+            fingerprint: "",
+            variant: Variant::Base,
+            gates,
+            sharing: Sharing::Request(request),
+        };
+        NewSequence {
+            request: RequestId(request),
+            choice: 0,
+            prompt: (0..prompt as u32).map(TokenId).collect(),
+            gates,
+            root: root.hash(),
+            samples: true,
+            prompt_logits: false,
+        }
+    }
+
+    fn scheduler(tokens: usize, logit_rows: usize, blocks: usize) -> Scheduler {
+        let limits = SchedulerLimits {
+            tokens,
+            sequences: 4,
+            logit_rows,
+        };
+        Scheduler::new(limits, blocks)
+    }
+
+    /// Plans and computes one step; returns (sequence, rows, logit rows) of each part.
+    fn step(scheduler: &mut Scheduler) -> Vec<(SeqId, usize, usize)> {
+        let mut plan = Plan::default();
+        scheduler.plan(&mut plan);
+        for planned in &plan.sequences {
+            scheduler.advance(planned);
+            if planned.samples {
+                scheduler.append(planned.id, TokenId(0));
+            }
+        }
+        scheduler.assert_invariants();
+        let parts = plan.sequences.iter();
+        parts.map(|p| (p.id, p.rows, p.logit_rows)).collect()
+    }
+
+    #[test]
+    fn decodes_come_before_prompts_which_share_what_is_left() {
+        let mut scheduler = scheduler(20, 8, 100);
+        let short = scheduler.add(new(3, 0), None);
+        assert_eq!(step(&mut scheduler), [(short, 3, 1)]);
+        let long = scheduler.add(new(30, 1), None);
+        let last = scheduler.add(new(4, 2), None);
+        assert_eq!(step(&mut scheduler), [(short, 1, 1), (long, 19, 0)]);
+        let third = [(short, 1, 1), (long, 11, 1), (last, 4, 1)];
+        assert_eq!(step(&mut scheduler), third);
+        let decodes = [(short, 1, 1), (long, 1, 1), (last, 1, 1)];
+        assert_eq!(step(&mut scheduler), decodes);
+    }
+
+    #[test]
+    fn a_full_pool_puts_the_youngest_back_in_line() {
+        let mut scheduler = scheduler(64, 8, 3);
+        let older = scheduler.add(new(16, 0), None);
+        let younger = scheduler.add(new(16, 1), None);
+        assert_eq!(step(&mut scheduler), [(older, 16, 1), (younger, 16, 1)]);
+        // Both want a second block, and there is one.
+        assert_eq!(step(&mut scheduler), [(older, 1, 1)]);
+        assert_eq!(scheduler.sequence(younger).unwrap().place(), Place::Waiting);
+        scheduler.finish(older);
+        // Its first block was found again: only the token that it had sampled is computed.
+        assert_eq!(step(&mut scheduler), [(younger, 1, 1)]);
+    }
+
+    #[test]
+    fn a_newcomer_leaves_a_block_to_each_that_runs() {
+        let mut scheduler = scheduler(64, 8, 2);
+        let older = scheduler.add(new(15, 0), None);
+        step(&mut scheduler);
+        let younger = scheduler.add(new(15, 1), None);
+        assert_eq!(step(&mut scheduler), [(older, 1, 1)]);
+        scheduler.finish(older);
+        assert_eq!(step(&mut scheduler), [(younger, 15, 1)]);
+    }
+
+    #[test]
+    fn followers_wait_for_the_prompt_and_compute_only_its_rest() {
+        let mut scheduler = scheduler(30, 8, 100);
+        let lead = scheduler.add(new(40, 0), None);
+        let follower = scheduler.add(new(40, 0), Some(lead));
+        assert_eq!(step(&mut scheduler), [(lead, 30, 0)]);
+        assert_eq!(step(&mut scheduler), [(lead, 10, 1)]);
+        assert_eq!(step(&mut scheduler), [(lead, 1, 1), (follower, 8, 1)]);
+        // A lead that has its prompt is followed by nobody.
+        let late = scheduler.add(new(40, 0), Some(lead));
+        assert_eq!(scheduler.sequence(late).unwrap().place(), Place::Waiting);
+    }
+
+    #[test]
+    fn followers_of_a_lead_that_is_gone_compute_for_themselves() {
+        let mut scheduler = scheduler(30, 8, 100);
+        let lead = scheduler.add(new(40, 0), None);
+        let follower = scheduler.add(new(40, 0), Some(lead));
+        scheduler.finish(lead);
+        assert_eq!(step(&mut scheduler), [(follower, 30, 0)]);
+    }
+
+    #[test]
+    fn logits_of_a_prompt_come_in_chunks_of_what_the_step_can_hold() {
+        let mut scheduler = scheduler(64, 4, 100);
+        let id = scheduler.add(
+            NewSequence {
+                prompt_logits: true,
+                ..new(6, 0)
+            },
+            None,
+        );
+        assert_eq!(step(&mut scheduler), [(id, 4, 4)]);
+        assert_eq!(step(&mut scheduler), [(id, 2, 2)]);
+        assert_eq!(step(&mut scheduler), [(id, 1, 1)]);
+    }
+}
