@@ -1,6 +1,8 @@
 //! The engine under random work. First scheduler, pool and prefix alone, with a model made of arithmetic whose K/V cache tells
 //! on every wrong block; then the whole engine over the tiny checkpoints.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod engine;
 mod fragile;
 mod rig;
@@ -147,7 +149,7 @@ impl Simulation {
         let mut lead = None;
         for choice in 0..[1, 1, 1, 3][self.random.below(4)] {
             let prompt_logits = prompt_logits && choice == 0;
-            let root = mix(variant as u64, u64::from(choice) & 0);
+            let root = mix(variant as u64, 0);
             let new = NewSequence {
                 request: RequestId(request),
                 choice,

@@ -139,10 +139,10 @@ impl ChoiceAnswer {
         let mut bits = Vec::new();
         for token in &self.tokens {
             bits.push(token.id.0);
-            for logprobs in &token.logprobs {
+            if let Some(logprobs) = &token.logprobs {
                 bits.extend(logprob_bits(logprobs));
             }
-            for gates in &token.gates {
+            if let Some(gates) = &token.gates {
                 let both = gates.safety.iter().chain(&gates.helpfulness);
                 bits.extend(both.map(|gate| gate.to_bits()));
             }
