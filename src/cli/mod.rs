@@ -130,9 +130,16 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+fn program() -> clap::Command {
+    // Between the lines of a conversation only what needs the user's attention is logged.
+    Cli::command().mut_subcommand("chat", |chat| {
+        chat.mut_arg("log_level", |arg| arg.default_value("warn"))
+    })
+}
+
 fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, CliError> {
     let usage = |error| ConfigError::from(Box::new(error));
-    let program = without_empty_variables(Cli::command());
+    let program = without_empty_variables(program());
     let matches = program
         .clone()
         .try_get_matches_from(arguments)

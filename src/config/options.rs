@@ -337,7 +337,7 @@ pub struct LogOptions {
         value_name = "FORMAT"
     )]
     pub log_format: LogFormat,
-    /// Log prompts and answers too, at level debug. Off, nothing that a user wrote is logged.
+    /// Log prompts and answers too. Off, nothing that a user wrote is logged.
     #[arg(long, env = "MIDPO_LOG_CONTENT", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
         require_equals = true, default_value_t = false, default_missing_value = "true")]
     pub log_content: bool,
