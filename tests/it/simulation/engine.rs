@@ -81,8 +81,13 @@ fn others() -> Vec<Submission> {
     (0..16)
         .map(|i| {
             let stem = if i % 4 == 0 { 1 } else { i };
-            let prompt = ids(stem, 3 + 11 * i as usize);
-            random(&prompt, Variant::ALL[i as usize % 5], 8 + i, u64::from(i))
+            let prompt = ids(stem, 3 + 7 * i as usize);
+            random(
+                &prompt,
+                Variant::ALL[i as usize % 5],
+                6 + i / 2,
+                u64::from(i),
+            )
         })
         .collect()
 }
@@ -93,7 +98,7 @@ fn an_answer_has_the_same_bits_in_any_company_and_any_chunks() {
     let want = alone.only().bits();
     assert_eq!(alone.only().tokens.len(), 24);
     let mut budgets = Random(3);
-    for batch_tokens_max in [512, 17, 5 + budgets.below(40), 20 + budgets.below(100)] {
+    for batch_tokens_max in [512, 17 + budgets.below(8), 30 + budgets.below(100)] {
         for company in [false, true] {
             let config = EngineConfig {
                 batch_tokens_max,
