@@ -5,28 +5,47 @@ use std::fs;
 /// Where the system does not say.
 const UNKNOWN_BYTES: u64 = 4 << 30;
 
+/// Where control groups say what they may take, take, and take for cached files: version 2, version 1.
+const GROUPS: [[&str; 3]; 2] = [
+    [
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory.stat",
+    ],
+    [
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ],
+];
+
 /// The least of what the machine has available and what this process' control group has left.
 pub(super) fn free_bytes() -> u64 {
     let machine = fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| available(&text));
-    let groups = [
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ];
-    let group = groups.into_iter().find_map(|(limit, usage)| {
+    let group = GROUPS.iter().find_map(|[limit, usage, statistics]| {
         let limit = number(&fs::read_to_string(limit).ok()?)?;
         let usage = number(&fs::read_to_string(usage).ok()?)?;
-        Some(limit.saturating_sub(usage))
+        let statistics = fs::read_to_string(statistics).unwrap_or_default();
+        Some(left(limit, usage, &statistics))
     });
     machine
         .into_iter()
         .chain(group)
         .min()
         .unwrap_or(UNKNOWN_BYTES)
+}
+
+/// Of a control group. Cached files (the model's own, for one) count as used there, but give way.
+fn left(limit: u64, usage: u64, statistics: &str) -> u64 {
+    let of = |name: &str| {
+        let lines = statistics.lines().filter_map(|line| line.split_once(' '));
+        let mut found = lines.filter(|(key, _)| *key == name);
+        found.find_map(|(_, value)| number(value)).unwrap_or(0)
+    };
+    let files = of("inactive_file").saturating_add(of("active_file"));
+    limit.saturating_sub(usage.saturating_sub(files))
 }
 
 /// `MemAvailable` of `/proc/meminfo`.
@@ -52,5 +71,13 @@ mod tests {
         assert_eq!(available(text), Some(20_480_000 * 1024));
         assert_eq!(available("MemTotal: 1 kB"), None);
         assert_eq!(number("max\n"), None);
+    }
+
+    #[test]
+    fn cached_files_do_not_count_as_used() {
+        let statistics = "anon 100\ninactive_file 300\nactive_file 500\n";
+        assert_eq!(left(1000, 900, statistics), 900);
+        assert_eq!(left(1000, 900, ""), 100);
+        assert_eq!(left(1000, 2000, ""), 0);
     }
 }

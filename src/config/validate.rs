@@ -17,6 +17,8 @@ pub const DEMO_NAME: &str = "midpo-demo";
 const KV_MEMORY_SHARE: u64 = 4;
 /// Most bytes that the K/V cache takes where nobody says how much.
 const KV_BYTES_DEFAULT_MAX: u64 = 2 << 30;
+/// Bytes that it takes even where less seems to be free: memory is taken only as it is written.
+const KV_BYTES_DEFAULT_MIN: u64 = 64 << 20;
 /// Longest time that a flag may name: a month.
 const TIME_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 
@@ -224,7 +226,8 @@ impl RuntimeConfig {
             KvBudget::Tokens(tokens) => tokens / BLOCK_TOKENS as u64,
             KvBudget::Bytes(bytes) => bytes / block_bytes,
             KvBudget::Auto => {
-                let bytes = (free_bytes / KV_MEMORY_SHARE).min(KV_BYTES_DEFAULT_MAX);
+                let bytes = (free_bytes / KV_MEMORY_SHARE)
+                    .clamp(KV_BYTES_DEFAULT_MIN, KV_BYTES_DEFAULT_MAX);
                 let most = full.saturating_mul(self.sequences_max as u64);
                 (bytes / block_bytes).min(most)
             }
@@ -437,7 +440,7 @@ mod tests {
             (&["--kv-cache-tokens", "100"], 0, Some(6)),
             (&["--kv-cache-bytes", "10MiB"], 0, Some(10)),
             (&["--kv-cache-bytes", "1"], 1 << 40, None),
-            (&[], 1 << 20, None),
+            (&[], 1 << 20, Some(64)),
             (&["--max-model-len", "4097"], 1 << 40, None),
         ] {
             let found = engine(args, free).ok().map(|engine| engine.kv_blocks);

@@ -274,6 +274,28 @@ fn compose_and_kustomization_name_files_that_exist() {
     }
 }
 
+#[test]
+fn the_image_is_built_with_every_target_of_the_manifest() {
+    let dockerfile = read("docker/Dockerfile");
+    let manifest = read("Cargo.toml");
+    let targets = manifest
+        .split("\n[[")
+        .skip(1)
+        .map(|target| target.split("\n[").next().unwrap());
+    for target in targets.filter(|target| !target.starts_with("bin")) {
+        let value = |key: &str| {
+            let line = target.lines().find_map(|line| line.strip_prefix(key));
+            line.map(|value| value.trim_matches([' ', '=', '"']).to_owned())
+        };
+        let path =
+            value("path").unwrap_or_else(|| format!("benches/{}.rs", value("name").unwrap()));
+        assert!(
+            dockerfile.contains(&path),
+            "the Dockerfile makes no {path}: cargo would stop"
+        );
+    }
+}
+
 /// The `midpo ...` commands in fenced blocks of the README, without comments and redirections.
 fn readme_commands(readme: &str) -> Vec<Vec<String>> {
     let blocks = readme.split("```").skip(1).step_by(2);
