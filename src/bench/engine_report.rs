@@ -45,7 +45,7 @@ pub struct ModelFacts {
     pub name: String,
     /// Of most matrices, as they lie in the checkpoint.
     pub weight_format: String,
-    /// Of all weights on the device.
+    /// Of the base's weights on the device.
     pub weight_bytes: usize,
     /// That a decode step reads.
     pub step_weight_bytes: usize,
@@ -55,7 +55,7 @@ pub struct ModelFacts {
     pub experts: String,
     /// Most rows of a step: longer prompts are computed in chunks of it.
     pub step_rows: usize,
-    /// From the start of loading to the first forward pass.
+    /// From the start of loading until the base is ready for its first step.
     pub load_seconds: f64,
 }
 

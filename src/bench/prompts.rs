@@ -55,17 +55,24 @@ async fn of_length(target: &Target, tokens: usize, seed: u64, count: usize) -> V
     let mut prompts = Vec::with_capacity(count);
     for index in 0..count as u64 {
         let mut length = ((tokens as f64 / ratio).round() as usize).max(1);
+        // Words of several tokens step over some lengths: the closest found is taken.
+        let (mut best, mut off) = (length, usize::MAX);
         for _ in 0..CORRECTIONS_MAX {
-            let found = target.count_tokens(&words(seed, index, length)).await;
-            let Some(found) = found.filter(|found| *found != tokens) else {
+            let Some(found) = target.count_tokens(&words(seed, index, length)).await else {
                 break;
             };
+            if found.abs_diff(tokens) < off {
+                (best, off) = (length, found.abs_diff(tokens));
+            }
+            if off == 0 {
+                break;
+            }
             let change = (tokens as f64 - found as f64) / ratio;
             // At least one word in the right direction: less than one token a word rounds to none.
             let change = change.abs().max(1.0).round().copysign(change);
             length = length.saturating_add_signed(change as isize).max(1);
         }
-        prompts.push(words(seed, index, length));
+        prompts.push(words(seed, index, best));
     }
     prompts
 }

@@ -1,6 +1,7 @@
 //! `midpo bench`: load on a running server, or, with `--engine`, the bare engine on this machine.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,9 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
+use super::CliError;
+use super::bench_engine::{self, EngineArgs};
+use super::bench_server::Streams;
 use crate::bench::{
     self, BenchError, Conditions, Endpoint, Job, Level, Load, LoadReport, PromptSource,
     RequestShape, Target,
@@ -94,8 +98,11 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Draw throughput and latency against the load, as SVG.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "engine")]
     svg: Option<PathBuf>,
+    /// The bare engine's flags.
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 /// Route to measure.
@@ -114,36 +121,47 @@ impl From<EndpointName> for Endpoint {
     }
 }
 
-/// Why a bench ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum BenchCommandError {
-    /// Of the load generator.
-    #[error(transparent)]
-    Bench(#[from] BenchError),
-    /// No runtime for the client.
-    #[error("cannot start the client's runtime: {0}")]
-    Runtime(#[source] std::io::Error),
-}
-
 /// Runs the bench and prints its report, as Markdown, on standard output.
 ///
 /// # Errors
 /// A flag that makes no sense, a server that cannot be reached before the load starts, a file that cannot be read or written.
-pub fn run(args: &BenchArgs) -> Result<(), BenchCommandError> {
-    // One thread: the client should take as little as it can of a machine that it may share with the server.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(BenchCommandError::Runtime)?;
-    let report = runtime.block_on(load(args))?;
-    print!("{}", report.to_markdown());
-    if let Some(file) = &args.json {
-        write(file, &report.to_json())?;
-    }
-    if let Some(file) = &args.svg {
-        write(file, &bench::sweep_svg(&report))?;
+pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
+    let (markdown, json, svg) = if args.engine.engine {
+        let report = bench_engine::run(args.model.as_deref(), &streams(args), &args.engine)?;
+        (report.to_markdown(), report.to_json(), None)
+    } else {
+        // One thread: the client should take as little as it can of a machine that it may share with the server.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(CliError::io("the client's runtime"))?;
+        let report = runtime.block_on(load(args))?;
+        let svg = args
+            .svg
+            .as_ref()
+            .map(|file| (file, bench::sweep_svg(&report)));
+        (report.to_markdown(), report.to_json(), svg)
+    };
+    let mut stdout = std::io::stdout().lock();
+    let said = write!(stdout, "{markdown}").and_then(|()| stdout.flush());
+    said.map_err(CliError::io("standard output"))?;
+    let json = args.json.as_ref().map(|file| (file, json));
+    for (file, text) in [json, svg].into_iter().flatten() {
+        write(file, &text)?;
     }
     Ok(())
+}
+
+/// What `--with-server` sends: the flags of the load, on this process.
+fn streams(args: &BenchArgs) -> Streams {
+    Streams {
+        counts: args.concurrency.clone(),
+        prompt_tokens: args.prompt_tokens,
+        output_tokens: args.max_tokens as usize,
+        repeats: args.engine.repeats,
+        step_rows: args.engine.step_rows,
+        seed: args.seed,
+    }
 }
 
 async fn load(args: &BenchArgs) -> Result<LoadReport, BenchError> {

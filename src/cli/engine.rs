@@ -96,7 +96,8 @@ fn backend(runtime: &RuntimeConfig) -> Result<Cpu, CliError> {
     })?)
 }
 
-fn served_model(checkpoint: &Checkpoint) -> Result<ServedModel, CliError> {
+/// The text side of a checkpoint, for a server.
+pub(super) fn served_model(checkpoint: &Checkpoint) -> Result<ServedModel, CliError> {
     let text = &checkpoint.text;
     let special = SpecialTokens {
         bos_token: text.bos_token.clone(),

@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use super::bench::BenchCommandError;
 use crate::backend::BackendError;
 use crate::bench::BenchError;
 use crate::checkpoint::CheckpointError;
@@ -42,7 +41,7 @@ pub enum CliError {
     EngineDead,
     /// A bench.
     #[error(transparent)]
-    Bench(#[from] BenchCommandError),
+    Bench(#[from] BenchError),
     /// Another server.
     #[error("{url}: {reason}")]
     Remote {
@@ -57,10 +56,9 @@ impl CliError {
     /// 2 for what the user wrote, 1 for what happened later.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_)
-            | Self::Bench(BenchCommandError::Bench(
-                BenchError::Flag { .. } | BenchError::Url { .. },
-            )) => ExitCode::from(2),
+            Self::Config(_) | Self::Bench(BenchError::Flag { .. } | BenchError::Url { .. }) => {
+                ExitCode::from(2)
+            }
             _ => ExitCode::FAILURE,
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::http::harness::{MODEL, TestServer};
 use indicatif::ProgressBar;
 use midpo::bench::{Endpoint, Job, Level, Load, PromptSource, RequestShape, Target, prepare, run};
 use midpo::types::Variant;
@@ -232,5 +233,49 @@ async fn prompts_have_the_length_that_the_server_counts_and_the_first_model_is_a
         let mut different = prompts.clone();
         different.dedup();
         assert!(tokens == 1 || different.len() == 4);
+    }
+}
+
+#[tokio::test]
+async fn a_real_server_yields_every_token_of_every_variant_and_counts_prompts_itself() {
+    let server = TestServer::start().await;
+    for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+        let timeout = Duration::from_secs(60);
+        let target = Target::new(&server.base, MODEL, None, endpoint, timeout).unwrap();
+        let source = PromptSource::Words {
+            tokens: 12,
+            seed: 5,
+        };
+        let prompts = prepare(&source, &target, 10).await.unwrap();
+        for prompt in &prompts {
+            // The tiny tokenizer has no whole words: one more or less is several tokens.
+            let counted = target.count_tokens(prompt).await.unwrap();
+            assert!(counted.abs_diff(12) <= 3, "{counted}: {prompt}");
+        }
+        let shape = RequestShape {
+            max_tokens: 6,
+            ..shape()
+        };
+        let job = Job {
+            prompts: &prompts,
+            shape: &shape,
+            variants: &Variant::ALL,
+            seed: 1,
+        };
+        let done = run(&target, job, Load::Concurrency(3), &ProgressBar::hidden()).await;
+        let level = Level::of(&done);
+        assert_eq!(
+            (level.completed, level.output_tokens),
+            (10, 60),
+            "{:?}",
+            level.errors
+        );
+        assert!(level.prompt_tokens >= 90, "{}", level.prompt_tokens);
+        assert!(
+            level
+                .variants
+                .iter()
+                .all(|row| row.completed == 2 && row.output_tokens == 12)
+        );
     }
 }

@@ -4,7 +4,7 @@
 
 mod answers;
 mod errors;
-mod harness;
+pub mod harness;
 mod operation;
 mod policy;
 mod streams;

@@ -1,0 +1,785 @@
+//! `midpo bench --engine`: the bare engine on this machine, each figure beside the roofline measured in the same run.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::ProgressBar;
+
+use super::bench::bar;
+use super::bench_machine;
+use super::bench_server::{Streams, compare};
+use super::bench_steps::{Cost, Group, Steps};
+use super::{CliError, engine};
+use crate::backend::cpu::{Cpu, CpuOptions};
+use crate::backend::{Backend, BackendError, KvFormat, WeightFormat};
+use crate::bench::{
+    BenchError, EngineReport, MachineFacts, Measurement, ModelFacts, RatioRow, SplitMix64, Spread,
+    Work, ratios,
+};
+use crate::checkpoint::{
+    Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, LlamaConfig, RouterLayer,
+};
+use crate::config::ModelSource;
+use crate::dtype::DType;
+use crate::model::{ModelOptions, RoutedLlama};
+use crate::server::ServedModel;
+use crate::types::{BLOCK_TOKENS, GateOverride, Variant};
+
+/// Rank of the experts that are made for a model without: the paper's.
+const RANK: usize = 16;
+/// Batch at which variants are mixed.
+const MIXED_BATCHES: [usize; 2] = [5, 32];
+
+/// Flags of the bare engine's bench.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Bare engine")]
+pub struct EngineArgs {
+    /// Measure the bare engine in this process: no HTTP, no sampling. A model without experts gets random ones, since their
+    /// speed does not depend on their values.
+    #[arg(long)]
+    pub(super) engine: bool,
+    /// PEFT directory of the safety expert.
+    #[arg(long, value_name = "DIR", requires = "engine")]
+    safety: Option<PathBuf>,
+    /// PEFT directory of the helpfulness expert.
+    #[arg(long, value_name = "DIR", requires = "engine")]
+    helpfulness: Option<PathBuf>,
+    /// The router: a file or a directory.
+    #[arg(long, value_name = "FILE|DIR", requires = "engine")]
+    router: Option<PathBuf>,
+    /// Sequences of a decode step.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,4,8,16,32",
+        value_name = "N,.."
+    )]
+    batch: Vec<usize>,
+    /// Prompt lengths to prefill; those beyond the model's context are left out.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "128,512,2048",
+        value_name = "TOKENS,.."
+    )]
+    prefill: Vec<usize>,
+    /// Contexts at which one sequence decodes; those beyond the model's are left out.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "512,1024,2048,4096,8192",
+        value_name = "TOKENS,.."
+    )]
+    context: Vec<usize>,
+    /// Positions before a batched decode step.
+    #[arg(long, default_value_t = 128, value_name = "TOKENS")]
+    decode_context: usize,
+    /// Steps of one decode measurement.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    steps: usize,
+    /// Repeats of each measurement, turn by turn with what it is compared to.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub(super) repeats: usize,
+    /// Most rows of a step: longer prompts are computed in chunks.
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub(super) step_rows: usize,
+    /// Threads; by default as many as the machine lets this process use.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Send the same streams through model, engine and an HTTP server in this process, too: as many at once as --concurrency
+    /// says, of --prompt-tokens and --max-tokens.
+    #[arg(long, requires = "engine")]
+    with_server: bool,
+}
+
+/// What the bench will do, bounded by the model's context.
+struct Plan {
+    batches: Vec<usize>,
+    prefills: Vec<usize>,
+    contexts: Vec<usize>,
+    decode_context: usize,
+    steps: usize,
+    repeats: usize,
+    rows: usize,
+}
+
+impl Plan {
+    fn new(args: &EngineArgs, context_max: usize) -> Result<Self, BenchError> {
+        for (flag, value) in [
+            ("--steps", args.steps),
+            ("--repeats", args.repeats),
+            ("--step-rows", args.step_rows),
+            ("--batch", args.batch.iter().copied().min().unwrap_or(0)),
+        ] {
+            if !(1..=1 << 16).contains(&value) {
+                return Err(BenchError::Flag {
+                    flag,
+                    expected: "1 to 65536".to_owned(),
+                    found: value.to_string(),
+                });
+            }
+        }
+        let steps = args.steps.min(context_max.saturating_sub(1)).max(1);
+        let room = context_max.saturating_sub(steps);
+        let fitting = |lengths: &[usize], most: usize| -> Vec<usize> {
+            let mut fitting: Vec<usize> = lengths
+                .iter()
+                .copied()
+                .filter(|n| (1..=most).contains(n))
+                .collect();
+            fitting.sort_unstable();
+            fitting.dedup();
+            fitting
+        };
+        Ok(Self {
+            batches: fitting(&args.batch, 1 << 16),
+            prefills: fitting(&args.prefill, context_max),
+            contexts: fitting(&args.context, room),
+            decode_context: args.decode_context.min(room),
+            steps,
+            repeats: args.repeats,
+            rows: args.step_rows,
+        })
+    }
+
+    fn batch_max(&self) -> usize {
+        let mixed = MIXED_BATCHES.into_iter().max();
+        self.batches.iter().copied().chain(mixed).max().unwrap_or(1)
+    }
+
+    /// Positions of the longest sequence.
+    fn positions(&self) -> usize {
+        let contexts = self.contexts.iter().map(|context| context + self.steps);
+        let all = contexts.chain(self.prefills.iter().copied());
+        all.chain([self.decode_context + self.steps])
+            .max()
+            .unwrap_or(1)
+    }
+
+    fn model_options(&self) -> ModelOptions {
+        let batched = self.decode_context + self.steps;
+        let blocks = self.batch_max() * batched.div_ceil(BLOCK_TOKENS);
+        ModelOptions {
+            rows: self.rows.max(self.batch_max()),
+            logit_rows: self.batch_max(),
+            sequences: self.batch_max(),
+            positions: self.positions(),
+            kv_blocks: blocks.max(self.positions().div_ceil(BLOCK_TOKENS)),
+            kv_format: KvFormat::BF16,
+            weight_format: WeightFormat::Stored,
+        }
+    }
+}
+
+/// Loads the model and measures it on the CPU.
+///
+/// # Errors
+/// A flag, a file of the model, a device without room, a failed step.
+pub(super) fn run(
+    model: Option<&str>,
+    streams: &Streams,
+    args: &EngineArgs,
+) -> Result<EngineReport, CliError> {
+    let begun = Instant::now();
+    let checkpoint = engine::load(&ModelSource {
+        model: model.map(PathBuf::from),
+        safety: args.safety.clone(),
+        helpfulness: args.helpfulness.clone(),
+        router: args.router.clone(),
+    })?;
+    let read_seconds = begun.elapsed().as_secs_f64();
+    let served = args.with_server.then(|| engine::served_model(&checkpoint));
+    let subject = Subject {
+        name: model_name(model),
+        served: served.transpose()?,
+        checkpoint,
+        read_seconds,
+    };
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.unwrap_or_else(all);
+    let options = CpuOptions {
+        threads: Some(threads),
+        ..CpuOptions::default()
+    };
+    measure(subject, || Cpu::new(options), threads, streams, args)
+}
+
+/// A model to measure, and what it is called.
+pub(super) struct Subject {
+    /// In the report.
+    pub name: String,
+    /// Read and checked.
+    pub checkpoint: Checkpoint,
+    /// Its text side; `None`: no server is measured.
+    pub served: Option<ServedModel>,
+    /// Time that reading took.
+    pub read_seconds: f64,
+}
+
+/// Measures `subject` on backends of `threads` threads that `backend` makes: one for the routed model and one for its base.
+pub(super) fn measure<B: Backend>(
+    subject: Subject,
+    backend: impl Fn() -> Result<B, BackendError>,
+    threads: usize,
+    streams: &Streams,
+    args: &EngineArgs,
+) -> Result<EngineReport, CliError> {
+    let context = subject.checkpoint.config.max_position_embeddings;
+    let plan = Plan::new(args, context)?;
+    let progress = bar("loading");
+    let (mut bench, model, subject) = Bench::new(subject, &backend, threads, streams.seed, plan)?;
+    bench.progress = progress.clone();
+    bench.run()?;
+    // The models go here: those behind the server need their room.
+    let (machine, measurements, ratios) = (bench.machine, bench.measurements, bench.ratios);
+    drop((bench.routed, bench.base));
+    let streams = streams.clone().within(context);
+    let server = match subject.served {
+        Some(served) => compare(&subject.checkpoint, served, backend, &streams, &progress)?,
+        None => Vec::new(),
+    };
+    progress.finish_and_clear();
+    Ok(EngineReport {
+        version: env!("CARGO_PKG_VERSION"),
+        machine,
+        model,
+        measurements,
+        ratios,
+        server,
+    })
+}
+
+/// A bench under way.
+struct Bench<B: Backend> {
+    routed: Steps<B>,
+    base: Steps<B>,
+    /// Of the routed model and of its base.
+    costs: [Cost; 2],
+    plan: Plan,
+    machine: MachineFacts,
+    measurements: Vec<Measurement>,
+    ratios: Vec<RatioRow>,
+    progress: ProgressBar,
+}
+
+impl<B: Backend> Bench<B> {
+    /// Both models and the limits of the machine. The subject comes back with the experts that the routed model has.
+    fn new(
+        mut subject: Subject,
+        backend: &impl Fn() -> Result<B, BackendError>,
+        threads: usize,
+        seed: u64,
+        plan: Plan,
+    ) -> Result<(Self, ModelFacts, Subject), CliError> {
+        let (begun, options) = (Instant::now(), plan.model_options());
+        let rows = options.rows;
+        let own = subject.checkpoint.experts.take();
+        let origin = if own.is_some() { "its own" } else { "random" };
+        let base = RoutedLlama::new(backend()?, &subject.checkpoint, options)?;
+        let load_seconds = subject.read_seconds + begun.elapsed().as_secs_f64();
+        let experts = own.unwrap_or_else(|| random_experts(&subject.checkpoint.config, seed));
+        let width = experts.safety.rank + experts.helpfulness.rank;
+        subject.checkpoint.experts = Some(experts);
+        let routed = RoutedLlama::new(backend()?, &subject.checkpoint, options)?;
+        let dtype = weight_dtype(&subject.checkpoint);
+        let machine = bench_machine::measure(threads, base.step_weight_bytes(), peak_of(dtype))
+            .map_err(CliError::io("memory for the read rate"))?;
+        let model = ModelFacts {
+            name: subject.name.clone(),
+            weight_format: dtype.as_str().to_owned(),
+            weight_bytes: base.weight_bytes(),
+            step_weight_bytes: base.step_weight_bytes(),
+            kv_format: format!("{:?}", options.kv_format).to_lowercase(),
+            experts: format!("{origin}, w = {width}"),
+            step_rows: rows,
+            load_seconds,
+        };
+        let config = &subject.checkpoint.config;
+        let bench = Self {
+            costs: [
+                Cost::new(config, width, &routed, rows),
+                Cost::new(config, 0, &base, rows),
+            ],
+            routed: Steps::new(routed, rows, seed),
+            base: Steps::new(base, rows, seed),
+            plan,
+            machine,
+            measurements: Vec::new(),
+            ratios: Vec::new(),
+            progress: ProgressBar::hidden(),
+        };
+        Ok((bench, model, subject))
+    }
+
+    fn run(&mut self) -> Result<(), BackendError> {
+        let plan = &self.plan;
+        let rounds = plan.batches.len() + plan.prefills.len() + plan.contexts.len();
+        self.progress
+            .set_length((rounds + MIXED_BATCHES.len()) as u64);
+        self.fill_cache()?;
+        for batch in self.plan.batches.clone() {
+            self.decode(batch)?;
+            self.progress.inc(1);
+        }
+        for batch in MIXED_BATCHES {
+            self.mixed(batch)?;
+            self.progress.inc(1);
+        }
+        for tokens in self.plan.prefills.clone() {
+            self.prefill(tokens)?;
+            self.progress.inc(1);
+        }
+        self.contexts()
+    }
+
+    /// `batch` sequences of one variant, with room for a batched decode.
+    fn group(&self, batch: usize, gates: impl Fn(usize) -> GateOverride) -> Group {
+        Group {
+            gates: (0..batch).map(gates).collect(),
+            positions: self.plan.decode_context + self.plan.steps,
+        }
+    }
+
+    /// K and V of all sequences up to the context at which they decode, once for all batches.
+    fn fill_cache(&mut self) -> Result<(), BackendError> {
+        self.progress.set_message("filling the K/V cache");
+        let group = self.group(self.plan.batch_max(), |_| Variant::Routed.gates());
+        self.routed.prefill(&group, 0..self.plan.decode_context)?;
+        self.base.prefill(&group, 0..self.plan.decode_context)?;
+        Ok(())
+    }
+
+    fn decode(&mut self, batch: usize) -> Result<(), BackendError> {
+        self.progress.set_message(format!("decode, batch {batch}"));
+        let group = self.group(batch, |_| Variant::Routed.gates());
+        let (at, steps) = (self.plan.decode_context, self.plan.steps);
+        let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+            let routed = bench.routed.decode(&group, at, steps)?;
+            let base = bench.base.decode(&group, at, steps)?;
+            Ok((per(routed, steps), per(base, steps)))
+        };
+        let pairs = self.turns(&mut turn)?;
+        let middle = at as f64 + (steps - 1) as f64 / 2.0;
+        let works = self.costs.map(|cost| cost.decode(batch, middle));
+        self.record("decode", (batch, at), works, &pairs);
+        Ok(())
+    }
+
+    /// All five variants in one batch against one variant in all of it.
+    fn mixed(&mut self, batch: usize) -> Result<(), BackendError> {
+        self.progress
+            .set_message(format!("five variants in a batch of {batch}"));
+        let one = self.group(batch, |_| Variant::Routed.gates());
+        let all = Variant::ALL;
+        let five = self.group(batch, |sequence| all[sequence % all.len()].gates());
+        let (at, steps) = (self.plan.decode_context, self.plan.steps);
+        let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+            let mixed = bench.routed.decode(&five, at, steps)?;
+            let routed = bench.routed.decode(&one, at, steps)?;
+            Ok((per(mixed, steps), per(routed, steps)))
+        };
+        let pairs = self.turns(&mut turn)?;
+        self.ratios.push(ratio(
+            "five variants mixed / all routed, decode",
+            batch,
+            &pairs,
+        ));
+        Ok(())
+    }
+
+    fn prefill(&mut self, tokens: usize) -> Result<(), BackendError> {
+        self.progress.set_message(format!("prefill {tokens}"));
+        let group = Group {
+            gates: vec![Variant::Routed.gates()],
+            positions: tokens,
+        };
+        let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+            let routed = bench.routed.prefill(&group, 0..tokens)?;
+            let base = bench.base.prefill(&group, 0..tokens)?;
+            Ok((routed.as_secs_f64(), base.as_secs_f64()))
+        };
+        let pairs = self.turns(&mut turn)?;
+        let works = self.costs.map(|cost| cost.prefill(tokens));
+        self.record(&format!("prefill {tokens}"), (1, 0), works, &pairs);
+        Ok(())
+    }
+
+    /// One sequence that grows from context to context, decoding a few steps at each.
+    fn contexts(&mut self) -> Result<(), BackendError> {
+        let steps = self.plan.steps;
+        let group = Group {
+            gates: vec![Variant::Routed.gates()],
+            positions: self.plan.positions(),
+        };
+        let mut filled = 0;
+        for context in self.plan.contexts.clone() {
+            self.progress.set_message(format!("context {context}"));
+            self.routed.prefill(&group, filled..context)?;
+            self.base.prefill(&group, filled..context)?;
+            filled = context;
+            let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+                let routed = bench.routed.decode(&group, context, steps)?;
+                let base = bench.base.decode(&group, context, steps)?;
+                Ok((per(routed, steps), per(base, steps)))
+            };
+            let pairs = self.turns(&mut turn)?;
+            let middle = context as f64 + (steps - 1) as f64 / 2.0;
+            let works = self.costs.map(|cost| cost.decode(1, middle));
+            self.record("decode, long context", (1, context), works, &pairs);
+            self.progress.inc(1);
+        }
+        Ok(())
+    }
+
+    /// One turn that is not counted, then the repeats.
+    fn turns(
+        &mut self,
+        turn: &mut dyn FnMut(&mut Self) -> Result<(f64, f64), BackendError>,
+    ) -> Result<Vec<(f64, f64)>, BackendError> {
+        turn(self)?;
+        (0..self.plan.repeats).map(|_| turn(self)).collect()
+    }
+
+    /// Both models' rows, and the ratio of the routed one to its base.
+    fn record(
+        &mut self,
+        what: &str,
+        place: (usize, usize),
+        works: [Work; 2],
+        pairs: &[(f64, f64)],
+    ) {
+        let [routed, base] = works;
+        let (above, below) = spreads(pairs);
+        let row = |kind: &str, work, seconds| {
+            let what = format!("{what}, {kind}");
+            Measurement::new(&what, place, work, seconds, &self.machine)
+        };
+        let rows = [row("routed", routed, above), row("base", base, below)];
+        self.measurements.extend(rows);
+        self.ratios
+            .push(ratio(&format!("routed / base, {what}"), place.0, pairs));
+    }
+}
+
+fn per(time: Duration, steps: usize) -> f64 {
+    time.as_secs_f64() / steps.max(1) as f64
+}
+
+fn spreads(pairs: &[(f64, f64)]) -> (Spread, Spread) {
+    (
+        Spread::of(pairs.iter().map(|pair| pair.0)),
+        Spread::of(pairs.iter().map(|pair| pair.1)),
+    )
+}
+
+fn ratio(what: &str, batch: usize, pairs: &[(f64, f64)]) -> RatioRow {
+    let (above, below) = spreads(pairs);
+    RatioRow {
+        what: what.to_owned(),
+        batch,
+        above,
+        below,
+        ratio: ratios(pairs),
+    }
+}
+
+/// Format of most matrices.
+fn weight_dtype(checkpoint: &Checkpoint) -> DType {
+    let first = checkpoint.base.layers.first();
+    first.map_or(DType::F32, |layer| layer.gate_proj.dtype())
+}
+
+/// Which peak of arithmetic bounds matrices of a format: block formats are multiplied in int8.
+fn peak_of(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F16 | DType::BF16 => "bf16",
+        _ => "int8",
+    }
+}
+
+/// Experts and a router of the paper's shape, random and small: what they cost, not what they say.
+fn random_experts(config: &LlamaConfig, seed: u64) -> Experts {
+    let (d, m) = (config.hidden_size, config.intermediate_size);
+    let mut random = SplitMix64::new(seed, u64::MAX);
+    let mut uniform = |count: usize, scale: f32| -> Vec<f32> {
+        (0..count)
+            .map(|_| (random.unit() as f32 * 2.0 - 1.0) * scale)
+            .collect()
+    };
+    let small = 1.0 / (m as f32).sqrt();
+    let mut expert = || Expert {
+        rank: RANK,
+        scale: 2.0,
+        layers: (0..config.num_layers)
+            .map(|_| ExpertLayer {
+                lora_a: uniform(RANK * m, small),
+                lora_b: uniform(d * RANK, 0.01),
+            })
+            .collect(),
+    };
+    let (safety, helpfulness) = (expert(), expert());
+    let mut gate = || FoldedGate {
+        weight: uniform(m, small),
+        bias: 0.0,
+    };
+    let router = (0..config.num_layers)
+        .map(|_| RouterLayer {
+            safety: gate(),
+            helpfulness: gate(),
+        })
+        .collect();
+    Experts {
+        safety,
+        helpfulness,
+        router,
+    }
+}
+
+/// The name of a model in a report: the file's, never its folder's.
+fn model_name(model: Option<&str>) -> String {
+    let file = model.and_then(|model| Path::new(model).file_name());
+    file.map_or("the embedded demo".to_owned(), |name| {
+        name.to_string_lossy().into_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use clap::FromArgMatches as _;
+
+    use super::*;
+    use crate::backend::reference::Reference;
+    use crate::checkpoint::{
+        BaseTensors, GenerationDefaults, HostTensor, LayerTensors, RopeScaling, Sources,
+        TensorBytes, TextParts, Verify, load,
+    };
+
+    const CONTEXT: usize = 64;
+
+    fn tensor(random: &mut SplitMix64, shape: &[usize]) -> HostTensor {
+        let count = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|_| random.unit() as f32 - 0.5).collect();
+        let bytes: Arc<[u8]> = bytemuck::cast_slice(&values).into();
+        HostTensor::new(shape.to_vec(), DType::F32, TensorBytes::Owned(bytes)).unwrap()
+    }
+
+    /// A plain Llama of random weights: d 16, m 24, 2 layers, 4 heads on 2.
+    fn checkpoint() -> Checkpoint {
+        let mut random = SplitMix64::new(5, 0);
+        let mut tensor = |shape: &[usize]| tensor(&mut random, shape);
+        let layers = (0..2).map(|_| LayerTensors {
+            input_layernorm: tensor(&[16]),
+            q_proj: tensor(&[16, 16]),
+            k_proj: tensor(&[8, 16]),
+            v_proj: tensor(&[8, 16]),
+            o_proj: tensor(&[16, 16]),
+            post_attention_layernorm: tensor(&[16]),
+            gate_proj: tensor(&[24, 16]),
+            up_proj: tensor(&[24, 16]),
+            down_proj: tensor(&[16, 24]),
+        });
+        let layers = layers.collect();
+        Checkpoint {
+            config: LlamaConfig {
+                vocab_size: 40,
+                hidden_size: 16,
+                intermediate_size: 24,
+                num_layers: 2,
+                num_heads: 4,
+                num_kv_heads: 2,
+                head_dim: 4,
+                rms_norm_eps: 1e-5,
+                rope_theta: 10_000.0,
+                rope_scaling: RopeScaling::None,
+                max_position_embeddings: CONTEXT,
+                tie_word_embeddings: true,
+                bos_token_id: None,
+                eos_token_ids: Vec::new(),
+            },
+            base: BaseTensors {
+                embed_tokens: tensor(&[40, 16]),
+                layers,
+                norm: tensor(&[16]),
+                lm_head: None,
+            },
+            experts: None,
+            text: TextParts {
+                tokenizer_json: Vec::new(),
+                chat_template: None,
+                bos_token: None,
+                eos_token: None,
+                special_tokens: Vec::new(),
+            },
+            generation: GenerationDefaults::default(),
+            fingerprint: "test".to_owned(),
+        }
+    }
+
+    fn args(flags: &[&str]) -> EngineArgs {
+        let command = EngineArgs::augment_args(clap::Command::new("bench"));
+        let words = ["bench", "--engine"].iter().chain(flags);
+        let matches = command.try_get_matches_from(words).unwrap();
+        EngineArgs::from_arg_matches(&matches).unwrap()
+    }
+
+    fn streams() -> Streams {
+        Streams {
+            counts: vec![1, 3],
+            prompt_tokens: 20,
+            output_tokens: 4,
+            repeats: 2,
+            step_rows: 16,
+            seed: 1,
+        }
+    }
+
+    fn subject(checkpoint: Checkpoint, served: Option<ServedModel>) -> Subject {
+        Subject {
+            name: "tiny".to_owned(),
+            checkpoint,
+            served,
+            read_seconds: 0.0,
+        }
+    }
+
+    #[test]
+    fn measure_with_a_server_sends_the_same_streams_through_all_three() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-routed");
+        let checkpoint = load(&Sources {
+            safety: Some(fixtures.join("safety")),
+            helpfulness: Some(fixtures.join("helpfulness")),
+            router: Some(fixtures.join("router.pth")),
+            model: fixtures,
+            verify: Verify::default(),
+        });
+        let checkpoint = checkpoint.unwrap();
+        let served = engine::served_model(&checkpoint).unwrap();
+        let flags = [
+            "--steps",
+            "1",
+            "--repeats",
+            "1",
+            "--batch",
+            "1",
+            "--prefill",
+            "8",
+            "--context",
+            "8",
+            "--decode-context",
+            "4",
+        ];
+        let subject = subject(checkpoint, Some(served));
+        let report = measure(subject, || Ok(Reference), 1, &streams(), &args(&flags)).unwrap();
+        assert_eq!(report.model.experts, "its own, w = 32");
+        let counts: Vec<_> = report.server.iter().map(|row| row.streams).collect();
+        assert_eq!(counts, [1, 3]);
+        for row in &report.server {
+            // The paper's template adds its words to the prompt.
+            assert!(row.prompt_tokens > 20 && row.output_tokens == 4, "{row:?}");
+            for figure in [row.model, row.engine, row.server, row.server_over_model] {
+                assert!(figure.repeats == 2 && figure.min > 0.0, "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn measure_reports_every_figure_that_fits_the_context() {
+        let flags = [
+            "--steps",
+            "2",
+            "--repeats",
+            "3",
+            "--decode-context",
+            "8",
+            "--step-rows",
+            "7",
+            "--batch",
+            "4,1",
+            "--prefill",
+            "20,9999",
+            "--context",
+            "16,62,63",
+        ];
+        let subject = subject(checkpoint(), None);
+        let report = measure(subject, || Ok(Reference), 2, &streams(), &args(&flags)).unwrap();
+        let found: Vec<_> = report
+            .measurements
+            .iter()
+            .map(|row| (row.what.as_str(), row.batch, row.context))
+            .collect();
+        let want = [
+            ("decode, routed", 1, 8),
+            ("decode, base", 1, 8),
+            ("decode, routed", 4, 8),
+            ("decode, base", 4, 8),
+            ("prefill 20, routed", 1, 0),
+            ("prefill 20, base", 1, 0),
+            ("decode, long context, routed", 1, 16),
+            ("decode, long context, base", 1, 16),
+            ("decode, long context, routed", 1, 62),
+            ("decode, long context, base", 1, 62),
+        ];
+        assert_eq!(found, want);
+        for row in &report.measurements {
+            assert!(row.tokens_per_second.median > 0.0 && row.roof_tokens_per_second > 0.0);
+            assert_eq!(row.seconds.repeats, 3);
+        }
+        let ratios: Vec<_> = report.ratios.iter().map(|row| row.batch).collect();
+        assert_eq!(ratios, [1, 4, 5, 32, 1, 1, 1]);
+        assert_eq!(report.model.experts, "random, w = 32");
+        assert!(
+            report
+                .to_markdown()
+                .contains("| routed / base, decode | 4 |")
+        );
+    }
+
+    #[test]
+    fn cost_counts_the_weights_once_a_step_and_each_row_through_all_matrices() {
+        let options = Plan::new(&args(&["--context", "16"]), CONTEXT)
+            .unwrap()
+            .model_options();
+        let model = RoutedLlama::new(Reference, &checkpoint(), options).unwrap();
+        let cost = Cost::new(&checkpoint().config, 0, &model, 8);
+        // Two layers of q, k, v (16 x 32), output (16 x 16), gate, up and down (3 x 16 x 24); the head is 40 x 16.
+        let (row, head) = (2.0 * 1920.0, 640.0);
+        let weights = 4.0 * (row + head);
+        assert_eq!(model.step_weight_bytes() as f64, weights);
+        let (kv_position, attention_position) = (64.0, 2.0 * 2.0 * 16.0);
+        let decode = cost.decode(3, 9.0);
+        assert_eq!(decode.bytes, weights + 30.0 * kv_position);
+        assert_eq!(
+            decode.ops,
+            2.0 * (3.0 * (row + head) + 30.0 * attention_position)
+        );
+        // 20 tokens in chunks of 8: three steps, which read 8, 16 and 20 positions.
+        let prefill = cost.prefill(20);
+        assert_eq!(prefill.bytes, 3.0 * weights + 44.0 * kv_position);
+        assert_eq!(
+            prefill.ops,
+            2.0 * (20.0 * row + head + 210.0 * attention_position)
+        );
+        let exact = cost.prefill(16);
+        assert_eq!(exact.bytes, 2.0 * weights + 24.0 * kv_position);
+    }
+
+    #[test]
+    fn plan_refuses_what_makes_no_sense() {
+        for flags in [
+            ["--steps", "0"],
+            ["--repeats", "0"],
+            ["--batch", "0"],
+            ["--step-rows", "0"],
+        ] {
+            let error = Plan::new(&args(&flags), CONTEXT).err().unwrap().to_string();
+            assert!(error.starts_with(flags[0]), "{error}");
+        }
+        let plan = Plan::new(&args(&["--decode-context", "9999"]), CONTEXT).unwrap();
+        assert!(plan.decode_context + plan.steps <= CONTEXT && plan.positions() <= CONTEXT);
+    }
+}
