@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod engine;
-mod fragile;
+pub(crate) mod fragile;
 mod rig;
 
 use std::collections::HashMap;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use midpo::backend::{KvFormat, WeightFormat, reference::Reference};
+use midpo::backend::{Backend, KvFormat, WeightFormat, reference::Reference};
 use midpo::checkpoint::{self, Sources, Verify};
 use midpo::config::{EngineConfig, Policy, RequestLimits, ServerConfig};
 use midpo::engine::{self, Engine, EngineState, EngineThread};
@@ -102,6 +102,11 @@ impl TestServer {
     }
 
     pub async fn with(setup: Setup) -> Self {
+        // Plain loops: the same bits on every machine, which the transcripts need.
+        Self::over(Reference, setup).await
+    }
+
+    pub async fn over<B: Backend + Send + 'static>(backend: B, setup: Setup) -> Self {
         let directory = fixture();
         let expert = |name: &str| setup.experts.then(|| directory.join(name));
         let checkpoint = checkpoint::load(&Sources {
@@ -114,8 +119,7 @@ impl TestServer {
         .unwrap();
         let metrics = Arc::new(Metrics::new(MODEL));
         let options = engine::model_options(&setup.engine, KvFormat::F32, WeightFormat::F32);
-        // Plain loops: the same bits on every machine, which the transcripts need.
-        let model = RoutedLlama::new(Reference, &checkpoint, options).unwrap();
+        let model = RoutedLlama::new(backend, &checkpoint, options).unwrap();
         let text = &checkpoint.text;
         let served = ServedModel {
             tokenizer: Tokenizer::new(&text.tokenizer_json).unwrap(),

@@ -5,11 +5,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use midpo::backend::cpu::{Cpu, CpuOptions};
 use midpo::engine::EngineState;
 use midpo::metrics::{Label, Route, Status};
 use midpo::server::Ended;
 use midpo::types::Variant;
 use serde_json::{Value, json};
+
+use crate::simulation::fragile::{Faults, Fragile};
 
 use super::harness::{MODEL, Setup, TestServer, by_reason, read, until};
 
@@ -153,12 +156,11 @@ async fn metrics_add_up() {
             .await
             .unwrap(),
     );
+    // Two prompts in one request are two requests to the engine.
+    until("all are taken", || taken(&server) == 7).await;
     server.rest().await;
     let metrics = &server.metrics;
-    let taken: u64 = metrics.requests.iter().map(|count| count.get()).sum();
-    // Two prompts in one request are two requests to the engine.
-    assert_eq!(taken, 7);
-    assert_eq!(by_reason(metrics).iter().sum::<u64>(), taken);
+    assert_eq!(by_reason(metrics).iter().sum::<u64>(), taken(&server));
     assert_eq!(by_reason(metrics)[2], 1, "the stream that was left");
     assert_eq!(metrics.cancellations.get(), 1);
     let with_a_token = metrics.time_to_first_token.count();
@@ -166,7 +168,10 @@ async fn metrics_add_up() {
         (5..=6).contains(&with_a_token),
         "all but the echo, and maybe the one that was left: {with_a_token}"
     );
-    assert_eq!(metrics.http_requests_in_flight.get(), 0);
+    until("responses are over", || {
+        metrics.http_requests_in_flight.get() == 0
+    })
+    .await;
     let count = |route, status| metrics.http_requests.of(route).of(status).get();
     assert_eq!(count(Route::Completions, Status::Ok), 4);
     assert_eq!(count(Route::ChatCompletions, Status::Ok), 2);
@@ -208,26 +213,30 @@ async fn leaving_a_stream_frees_its_blocks() {
 #[tokio::test]
 async fn leaving_before_the_answer_cancels_too() {
     let server = TestServer::start().await;
-    let request = server
-        .request("POST", TEXT)
-        .json(&long(false))
-        .timeout(Duration::from_millis(20));
-    assert!(request.send().await.is_err());
+    let mut body = long(false);
+    body["n"] = 8.into();
+    let request = server.request("POST", TEXT).json(&body);
+    let client = tokio::spawn(request.send());
+    until("it runs", || taken(&server) == 1).await;
+    client.abort();
     server.rest().await;
     until("the request is over", || {
         server.metrics.http_requests_in_flight.get() == 0
     })
     .await;
-    let left = server
+    let responses = server.metrics.http_requests.of(Route::Completions);
+    assert_eq!(responses.of(Status::ClientClosed).get(), 1);
+    assert_eq!(by_reason(&server.metrics), [0, 0, 1, 0]);
+}
+
+/// Requests that the engine has taken.
+fn taken(server: &TestServer) -> u64 {
+    server
         .metrics
-        .http_requests
-        .of(Route::Completions)
-        .of(Status::ClientClosed)
-        .get();
-    assert_eq!(
-        (left, by_reason(&server.metrics)[2]),
-        (1, by_reason(&server.metrics).iter().sum())
-    );
+        .requests
+        .iter()
+        .map(|count| count.get())
+        .sum()
 }
 
 #[tokio::test]
@@ -427,4 +436,83 @@ async fn names_of_models_may_hold_slashes() {
         .of(Route::Models)
         .of(Status::Ok);
     assert_eq!(models.get(), 2);
+}
+
+async fn fragile() -> (TestServer, Faults) {
+    let faults = Faults::default();
+    let options = CpuOptions {
+        threads: Some(1),
+        ..CpuOptions::default()
+    };
+    let backend = Fragile {
+        inner: Cpu::new(options).unwrap(),
+        faults: faults.clone(),
+    };
+    (TestServer::over(backend, Setup::default()).await, faults)
+}
+
+#[tokio::test]
+async fn a_step_that_fails_ends_its_requests_and_no_others() {
+    let (server, faults) = fragile().await;
+    faults.fail(1);
+    let (status, answer) = server.post(TEXT, &long(false)).await;
+    assert_eq!(
+        (status.as_u16(), &answer["error"]["code"]),
+        (500, &json!("internal_error"))
+    );
+    let response = server
+        .request("POST", TEXT)
+        .json(&long(true))
+        .send()
+        .await
+        .unwrap();
+    let mut bytes = response.bytes_stream();
+    let mut text = bytes.next().await.unwrap().unwrap().to_vec();
+    faults.fail(1);
+    while let Some(more) = bytes.next().await {
+        text.extend(more.unwrap());
+    }
+    let text = String::from_utf8(text).unwrap();
+    let last = text.trim_end().rsplit("data: ").next().unwrap();
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert_eq!(
+        last["error"]["code"], "internal_error",
+        "an error ends the stream, and no [DONE]"
+    );
+    assert_eq!(server.get("/health").await.0, 200);
+    server
+        .answer(TEXT, json!({"prompt": "a", "max_tokens": 2}))
+        .await;
+    server.rest().await;
+    assert_eq!(by_reason(&server.metrics)[3], 2);
+}
+
+#[tokio::test]
+async fn when_the_engine_dies_open_requests_hear_of_it_and_serving_ends() {
+    let (server, faults) = fragile().await;
+    let response = server
+        .request("POST", TEXT)
+        .json(&long(true))
+        .send()
+        .await
+        .unwrap();
+    let mut bytes = response.bytes_stream();
+    let mut text = bytes.next().await.unwrap().unwrap().to_vec();
+    faults.panic();
+    while let Some(more) = bytes.next().await {
+        text.extend(more.unwrap());
+    }
+    let text = String::from_utf8(text).unwrap();
+    let last = text.trim_end().rsplit("data: ").next().unwrap();
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert!(last["error"]["message"].is_string(), "{last}");
+    // The clients hear of it first. Then nothing is ready, and soon nothing is accepted.
+    let mut turns = tokio::time::interval(Duration::from_millis(1));
+    while let Ok(ready) = server.request("GET", "/ready").send().await {
+        if ready.status() == 503 {
+            break;
+        }
+        turns.tick().await;
+    }
+    assert_eq!(server.ended().await, (Ended::EngineDead, EngineState::Dead));
 }

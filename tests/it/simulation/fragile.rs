@@ -10,18 +10,18 @@ use midpo::backend::{
 
 /// What the next steps meet. Shared with the test.
 #[derive(Clone, Default)]
-pub(super) struct Faults(Arc<AtomicU32>);
+pub(crate) struct Faults(Arc<AtomicU32>);
 
 const PANIC: u32 = u32::MAX;
 
 impl Faults {
     /// The next `count` steps fail with an error.
-    pub(super) fn fail(&self, count: u32) {
+    pub(crate) fn fail(&self, count: u32) {
         self.0.store(count, Ordering::SeqCst);
     }
 
     /// The next step panics.
-    pub(super) fn panic(&self) {
+    pub(crate) fn panic(&self) {
         self.0.store(PANIC, Ordering::SeqCst);
     }
 
@@ -41,7 +41,7 @@ impl Faults {
 }
 
 /// The CPU, until a fault strikes.
-pub(super) struct Fragile {
+pub(crate) struct Fragile {
     pub inner: Cpu,
     pub faults: Faults,
 }
