@@ -293,20 +293,28 @@ unsafe fn few_rows_by<S: Simd, const R: usize, const P: usize>(
 ) {
     let mut panels = &product.matrix.panels()[product.panels.clone()];
     while let Some(first) = panels.first() {
-        // Panels of one part are contiguous in y, all full but the last.
-        let group = panels.first_chunk::<P>().filter(|group| {
-            let alike = |panel: &Panel| panel.lanes == LANES && panel.format == first.format;
-            P > 1 && group.iter().all(alike)
-        });
         // SAFETY: by contract.
-        unsafe {
-            match group {
-                Some(group) => few_rows_tile::<S, R, P>(simd, product, group, scratch),
-                None => few_rows_tile::<S, R, 1>(simd, product, &[*first], scratch),
+        panels = unsafe {
+            if let Some(group) = alike::<P>(panels) {
+                few_rows_tile::<S, R, P>(simd, product, group, scratch);
+                &panels[P..]
+            } else if let (true, Some(group)) = (const { P == 4 }, alike::<2>(panels)) {
+                few_rows_tile::<S, R, 2>(simd, product, group, scratch);
+                &panels[2..]
+            } else {
+                few_rows_tile::<S, R, 1>(simd, product, &[*first], scratch);
+                &panels[1..]
             }
-        }
-        panels = &panels[group.map_or(1, |group| group.len())..];
+        };
     }
+}
+
+/// The first P panels, if one tile can take them: they are of one part, contiguous in memory and in y, and full.
+#[inline(always)]
+fn alike<const P: usize>(panels: &[Panel]) -> Option<&[Panel; P]> {
+    let group = panels.first_chunk::<P>()?;
+    let alike = |panel: &Panel| panel.lanes == LANES && panel.format == group[0].format;
+    (P > 1 && group.iter().all(alike)).then_some(group)
 }
 
 /// # Safety
@@ -508,10 +516,7 @@ unsafe fn block<S: Simd, const P: usize>(
 ) {
     let mut panels = &product.matrix.panels()[product.panels.clone()];
     while let Some(first) = panels.first() {
-        let group = panels.first_chunk::<P>().filter(|group| {
-            let alike = |panel: &Panel| panel.lanes == LANES && panel.format == first.format;
-            P > 1 && group.iter().all(alike)
-        });
+        let group = alike::<P>(panels);
         // SAFETY: by contract.
         unsafe {
             match group {
