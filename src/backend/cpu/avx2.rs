@@ -60,7 +60,7 @@ impl Simd for Avx2 {
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
-            self.from_bits([_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)])
+            self.bits_to_float([_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)])
         }
     }
 
@@ -225,7 +225,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Self::I) -> Self::F {
+    fn bits_to_float(self, a: Self::I) -> Self::F {
         // SAFETY: see above the impl.
         unsafe { [_mm256_castsi256_ps(a[0]), _mm256_castsi256_ps(a[1])] }
     }

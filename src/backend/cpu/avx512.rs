@@ -186,7 +186,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Self::I) -> Self::F {
+    fn bits_to_float(self, a: Self::I) -> Self::F {
         // SAFETY: see above the impl.
         unsafe { _mm512_castsi512_ps(a) }
     }

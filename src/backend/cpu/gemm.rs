@@ -7,7 +7,8 @@
 //! Bound: with few rows every weight is read once for few multiply-adds, so panels stream from memory, several at a time to
 //! hide the latency of a chain. With many rows a block of inputs of a panel is widened to f32 once and used by all rows.
 
-#![allow(unsafe_code)]
+// Indices name a tile's axes: r its rows, p its panels.
+#![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::ops::Range;
 
@@ -326,48 +327,17 @@ unsafe fn few_rows_tile<S: Simd, const R: usize, const P: usize>(
     group: &[Panel; P],
     scratch: &mut Scratch,
 ) {
-    let (matrix, inputs, row) = (product.matrix, &product.inputs, product.rows.start);
-    let lanes = group[0].lanes;
-    let target = product.target(row, &group[0], lanes, product.add);
-    let tile = Tile::<_, R, P> {
-        weights: F32s(std::ptr::null()),
-        segments: &[[0; P]],
-        stride: lanes,
-        count: inputs.len(),
-        x: product.x_at(row, inputs.start),
-        x_stride: product.x_stride,
-        target,
-    };
-    let first = matrix.weights(&group[0]);
-    let (step, start) = (matrix.panel_bytes(&group[0]), inputs.start * lanes);
+    let (matrix, inputs) = (product.matrix, product.inputs.clone());
+    let (first, step) = (matrix.weights(&group[0]), matrix.panel_bytes(&group[0]));
+    let start = inputs.start * group[0].lanes;
     match group[0].format {
         Format::F32 => {
-            let segments = &[std::array::from_fn(|p| start + p * step / 4)];
-            simd.call(Tile {
-                weights: F32s(first.cast()),
-                segments,
-                ..tile
-            });
+            let segment = std::array::from_fn(|p| start + p * step / 4);
+            stream::<S, _, R, P>(simd, product, group, F32s(first.cast()), segment, inputs);
         }
         Format::BF16 => {
-            let weights = Bf16s(first.cast());
-            let Tile {
-                stride,
-                count,
-                x,
-                x_stride,
-                ..
-            } = tile;
-            let segments = &[std::array::from_fn(|p| start + p * step / 2)];
-            simd.call(Tile::<_, R, P> {
-                weights,
-                segments,
-                stride,
-                count,
-                x,
-                x_stride,
-                target,
-            });
+            let segment = std::array::from_fn(|p| start + p * step / 2);
+            stream::<S, _, R, P>(simd, product, group, Bf16s(first.cast()), segment, inputs);
         }
         Format::F16 | Format::Quant(_) => {
             // SAFETY: by contract.
@@ -375,19 +345,37 @@ unsafe fn few_rows_tile<S: Simd, const R: usize, const P: usize>(
         }
     }
     if product.extension {
-        let segments = &[std::array::from_fn(|p| p * step / 4)];
-        simd.call(Tile {
-            weights: F32s(matrix.extension(&group[0])),
-            segments,
-            count: matrix.extension_inputs(),
-            x: product.x_at(row, matrix.inputs()),
-            target: Target {
-                add: true,
-                ..target
-            },
-            ..tile
-        });
+        let product = Product {
+            add: true,
+            ..product.clone()
+        };
+        let weights = F32s(matrix.extension(&group[0]));
+        let segment = std::array::from_fn(|p| p * step / 4);
+        let inputs = matrix.inputs()..matrix.inputs() + matrix.extension_inputs();
+        stream::<S, _, R, P>(simd, &product, group, weights, segment, inputs);
     }
+}
+
+/// A tile of weights as they are stored: the columns `inputs` of x meet those of `segment`.
+#[inline(always)]
+fn stream<S: Simd, W: Weights, const R: usize, const P: usize>(
+    simd: S,
+    product: &Product<'_>,
+    group: &[Panel; P],
+    weights: W,
+    segment: [usize; P],
+    inputs: Range<usize>,
+) {
+    let (row, lanes) = (product.rows.start, group[0].lanes);
+    simd.call(Tile::<_, R, P> {
+        weights,
+        segments: &[segment],
+        stride: lanes,
+        count: inputs.len(),
+        x: product.x_at(row, inputs.start),
+        x_stride: product.x_stride,
+        target: product.target(row, &group[0], lanes, product.add),
+    });
 }
 
 /// A tile of panels that are widened first, some inputs at a time.

@@ -215,7 +215,7 @@ impl Backend for Cpu {
     }
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer, BackendError> {
-        let len = rows.checked_mul(width).unwrap_or(usize::MAX);
+        let len = rows.saturating_mul(width);
         Ok(Buffer {
             rows,
             width,

@@ -191,7 +191,7 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Self::I) -> Self::F {
+    fn bits_to_float(self, a: Self::I) -> Self::F {
         // SAFETY: see above the impl.
         a.map(|a| unsafe { vreinterpretq_f32_s32(a) })
     }

@@ -139,8 +139,7 @@ impl Quant {
                 continue;
             }
             unit[at.low + k / 2 * LANES + lane] |= (q & 0xf) << (4 * (k % 2));
-            if self.high_bits > 0 {
-                let per_byte = 8 / self.high_bits;
+            if let Some(per_byte) = 8usize.checked_div(self.high_bits) {
                 unit[at.high + k / per_byte * LANES + lane] |=
                     q >> 4 << (self.high_bits * (k % per_byte));
             }
@@ -173,8 +172,7 @@ impl Quant {
             return scale * f32::from(unit[at.low + k * LANES + lane] as i8);
         }
         let mut q = i32::from(unit[at.low + k / 2 * LANES + lane] >> (4 * (k % 2)) & 0xf);
-        if self.high_bits > 0 {
-            let per_byte = 8 / self.high_bits;
+        if let Some(per_byte) = 8usize.checked_div(self.high_bits) {
             let high = unit[at.high + k / per_byte * LANES + lane];
             let high = high >> (self.high_bits * (k % per_byte)) & ((1 << self.high_bits) - 1);
             q |= i32::from(high) << 4;

@@ -165,7 +165,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Self::I) -> Self::F {
+    fn bits_to_float(self, a: Self::I) -> Self::F {
         a.map(|a| f32::from_bits(a as u32))
     }
 }

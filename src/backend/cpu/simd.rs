@@ -184,7 +184,7 @@ pub trait Simd: Copy {
     /// Integers as floats.
     fn to_float(self, a: Self::I) -> Self::F;
     /// The bits of integers taken for floats.
-    fn from_bits(self, a: Self::I) -> Self::F;
+    fn bits_to_float(self, a: Self::I) -> Self::F;
 }
 
 /// Lanes 0..lanes are loaded, the others are 0.
@@ -280,7 +280,7 @@ pub fn exp<S: Simd>(simd: S, x: S::F) -> S::F {
         p = simd.fma(p, r, c(coefficient));
     }
     let p = simd.add(simd.fma(p, simd.mul(r, r), r), c(1.0));
-    let power = simd.from_bits(simd.shl::<23>(simd.add_int(n, simd.splat_int(127))));
+    let power = simd.bits_to_float(simd.shl::<23>(simd.add_int(n, simd.splat_int(127))));
     let y = simd.mul(p, power);
     // NaN fails the comparison from both sides: `0 * x` carries it on, and is 0 for all finite x.
     let nan = simd.sub(inside, inside);
