@@ -42,7 +42,7 @@ impl Default for Setup {
                 sequences_max: 16,
                 queue_max: 64,
                 context_tokens_max: 320,
-                kv_blocks: 128,
+                kv_blocks: 256,
                 prefix_cache: true,
             },
             server: ServerConfig {
