@@ -157,7 +157,8 @@ pub trait Backend: Sized + Send + 'static {
     fn read<'a>(&'a self, buffer: &'a Self::Buffer, rows: usize)
     -> Result<&'a [f32], BackendError>;
 
-    /// A cache for K and V; its contents are arbitrary but finite until written.
+    /// A cache for K and V. No op reads a position before it was written, so a block may hold anything, NaN too, when it changes
+    /// hands.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
 
     /// Room for steps within `limits`.

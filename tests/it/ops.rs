@@ -544,59 +544,21 @@ impl AttentionCase {
         backend.kv_cache(shape).unwrap()
     }
 
-    /// Runs the steps in order; returns (positions, query width) of each sequence.
-    fn run<B: Backend>(&self, backend: &mut B, steps: &[Step]) -> Vec<Vec<f32>> {
-        let heads = self.heads;
-        let (width, out) = (heads.qkv_width(), heads.query * heads.size);
+    /// Runs the steps in order; returns (positions, query width) of each sequence. `poisoned`: in a cache full of NaN.
+    fn run<B: Backend>(&self, backend: &mut B, steps: &[Step], poisoned: bool) -> Vec<Vec<f32>> {
+        let out = self.heads.query * self.heads.size;
         let mut cache = self.cache(backend);
-        let positions = self.rope.len() / heads.size;
-        let rope = filled(backend, positions, heads.size, &self.rope);
-        let lengths = self.qkv.iter().map(|qkv| qkv.len() / width);
-        let mut results: Vec<_> = lengths.map(|length| vec![0.0; length * out]).collect();
+        let mut results: Vec<_> = self
+            .lengths()
+            .into_iter()
+            .map(|length| vec![0.0; length * out])
+            .collect();
+        if poisoned {
+            self.run_step(backend, &mut cache, &self.whole()[0], |x| x * f32::NAN);
+        }
         for rows in steps {
-            let n: usize = rows.iter().map(|(_, rows)| rows.len()).sum();
-            let tokens = vec![TokenId(0); n];
-            let sequences: Vec<_> = rows
-                .iter()
-                .map(|(sequence, rows)| StepSequence {
-                    rows: rows.len(),
-                    start: rows.start,
-                    block_table: &self.tables[*sequence],
-                    gates: Variant::Routed.gates(),
-                })
-                .collect();
-            let mut step = backend.step(limits(n)).unwrap();
-            let layout = StepLayout {
-                tokens: &tokens,
-                sequences: &sequences,
-                logit_rows: &[],
-            };
-            backend.load_step(&layout, &mut step).unwrap();
-            let values: Vec<f32> = rows
-                .iter()
-                .flat_map(|(s, rows)| self.qkv[*s][rows.start * width..rows.end * width].to_vec())
-                .collect();
-            let mut qkv = filled(backend, n, width, &values);
-            let write = ops::RopeKvWrite {
-                step: &step,
-                layer: 1,
-                heads,
-                rope: &rope,
-                qkv: &mut qkv,
-                cache: &mut cache,
-            };
-            backend.rope_kv_write(write).unwrap();
-            let mut y = backend.buffer(n, out).unwrap();
-            let attend = ops::Attention {
-                step: &step,
-                layer: 1,
-                heads,
-                qkv: &qkv,
-                cache: &cache,
-                y: &mut y,
-            };
-            backend.attention(attend).unwrap();
-            let mut got = backend.read(&y, n).unwrap();
+            let got = self.run_step(backend, &mut cache, rows, |x| x);
+            let mut got = &got[..];
             for (sequence, rows) in rows {
                 let (these, rest) = got.split_at(rows.len() * out);
                 results[*sequence][rows.start * out..rows.end * out].copy_from_slice(these);
@@ -604,6 +566,66 @@ impl AttentionCase {
             }
         }
         results
+    }
+
+    /// Writes the rows' k and v and attends; returns (n, query width).
+    fn run_step<B: Backend>(
+        &self,
+        backend: &mut B,
+        cache: &mut B::KvCache,
+        rows: &Step,
+        change: impl Fn(f32) -> f32,
+    ) -> Vec<f32> {
+        let (layer, heads) = (1, self.heads);
+        let (width, out) = (heads.qkv_width(), heads.query * heads.size);
+        let positions = self.rope.len() / heads.size;
+        let rope = &filled(backend, positions, heads.size, &self.rope);
+        let step = &self.step(backend, rows);
+        let qkv = rows.iter().flat_map(|(sequence, rows)| {
+            let qkv = &self.qkv[*sequence];
+            qkv[rows.start * width..rows.end * width].iter()
+        });
+        let qkv: Vec<f32> = qkv.map(|x| change(*x)).collect();
+        let n = qkv.len() / width;
+        let qkv = &mut filled(backend, n, width, &qkv);
+        let write = ops::RopeKvWrite {
+            step,
+            layer,
+            heads,
+            rope,
+            qkv,
+            cache,
+        };
+        backend.rope_kv_write(write).unwrap();
+        let mut y = backend.buffer(n, out).unwrap();
+        let attend = ops::Attention {
+            step,
+            layer,
+            heads,
+            qkv,
+            cache,
+            y: &mut y,
+        };
+        backend.attention(attend).unwrap();
+        backend.read(&y, n).unwrap().to_vec()
+    }
+
+    fn step<B: Backend>(&self, backend: &B, rows: &Step) -> B::Step {
+        let tokens = vec![TokenId(0); rows.iter().map(|(_, rows)| rows.len()).sum()];
+        let sequences = rows.iter().map(|(sequence, rows)| StepSequence {
+            rows: rows.len(),
+            start: rows.start,
+            block_table: &self.tables[*sequence],
+            gates: Variant::Routed.gates(),
+        });
+        let layout = StepLayout {
+            tokens: &tokens,
+            sequences: &sequences.collect::<Vec<_>>(),
+            logit_rows: &[],
+        };
+        let mut step = backend.step(limits(tokens.len())).unwrap();
+        backend.load_step(&layout, &mut step).unwrap();
+        step
     }
 
     fn lengths(&self) -> Vec<usize> {
@@ -646,20 +668,20 @@ impl AttentionCase {
 }
 
 fn check_attention(case: &AttentionCase, cpus: &mut [Vec<Cpu>], random: &mut Random) {
-    let want = case.run(&mut Reference, &case.whole()).concat();
+    let want = case.run(&mut Reference, &case.whole(), false).concat();
     let tolerance = match case.format {
         KvFormat::F32 => ops::ATTENTION.tolerance.f32,
         KvFormat::BF16 => ops::ATTENTION.tolerance.bf16,
     };
     for set in cpus {
-        let whole = case.run(&mut set[0], &case.whole()).concat();
+        let whole = case.run(&mut set[0], &case.whole(), false).concat();
         let what = format!("attention {} {:?}", label(&set[0]), case.heads);
         assert_close(&what, tolerance, &whole, &want);
         for cpu in set {
             let what = format!("attention {} {:?}", label(cpu), case.heads);
-            assert_same_bits(&what, &case.run(cpu, &case.whole()).concat(), &whole);
+            assert_same_bits(&what, &case.run(cpu, &case.whole(), false).concat(), &whole);
             let steps = case.chunked(random);
-            assert_same_bits(&what, &case.run(cpu, &steps).concat(), &whole);
+            assert_same_bits(&what, &case.run(cpu, &steps, true).concat(), &whole);
         }
     }
 }

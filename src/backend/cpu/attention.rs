@@ -5,7 +5,7 @@
 //!
 //! Keys are cut into splits of [`SPLIT`] absolute positions. Each split gives a maximum, a sum and a mixture, and splits are
 //! merged in order: the bits of a row depend on its position, not on chunks, tiles or threads. Keys beyond a row's position
-//! get weight 0 and add exactly nothing.
+//! get weight 0 and add exactly nothing; keys beyond the last row's are not read.
 
 #![allow(unsafe_code)]
 
@@ -307,6 +307,7 @@ impl<'a> Context<'a> {
         let mut keys = Keys {
             starts: [0; SPLIT_BLOCKS],
             blocks: table.len(),
+            keys,
             size,
             queries,
         };
@@ -460,10 +461,11 @@ fn rescale<S: Simd>(simd: S, old: S::F, new: S::F, partial: &[f32], merged: &mut
     }
 }
 
-/// The blocks of one split: where each starts, the size of the head, and how many queries go over them.
+/// The blocks of one split: where each starts, the keys that the last query sees, the size of the head, and the queries.
 struct Keys {
     starts: [usize; SPLIT_BLOCKS],
     blocks: usize,
+    keys: usize,
     size: usize,
     queries: usize,
 }
@@ -590,9 +592,12 @@ impl Keys {
             let columns = self
                 .starts
                 .map(|start| std::array::from_fn(|p| start + v + at + p * LANES));
-            simd.call(Tile::<_, R, P> {
+            // What lies beyond the last key was never written, or by a sequence that is gone: it may be NaN, which 0 would not
+            // silence. So the last block ends where the keys do.
+            let (whole, left) = (self.keys / BLOCK_TOKENS, self.keys % BLOCK_TOKENS);
+            let tile = Tile::<_, R, P> {
                 weights: numbers,
-                segments: &columns[..self.blocks],
+                segments: &columns[..whole],
                 stride: size,
                 count: BLOCK_TOKENS,
                 x: weights,
@@ -603,7 +608,23 @@ impl Keys {
                     lanes: if P == 1 { LANES.min(size - at) } else { LANES },
                     add: false,
                 },
-            });
+            };
+            if whole > 0 {
+                simd.call(tile);
+            }
+            if left > 0 {
+                let target = Target {
+                    add: whole > 0,
+                    ..tile.target
+                };
+                simd.call(Tile {
+                    segments: &columns[whole..][..1],
+                    count: left,
+                    x: weights.wrapping_add(whole * BLOCK_TOKENS),
+                    target,
+                    ..tile
+                });
+            }
             at += P * LANES;
         }
         at
