@@ -96,6 +96,30 @@ impl Panel<'_> {
                 trimmed(tick),
             );
         }
+        self.draw_labels(out, left);
+        for ((index, series), colour) in self.series.iter().enumerate().zip(COLOURS) {
+            let place = |(index, value): (usize, &f64)| {
+                (
+                    left + self.x_part(index) * PANEL_WIDTH,
+                    y_of(*value),
+                    *value,
+                )
+            };
+            let points: Vec<(f64, f64, f64)> =
+                series.values.iter().enumerate().map(place).collect();
+            draw_series(out, series.name, colour, &points);
+            let x = left + 84.0 * index as f64;
+            let _ = writeln!(
+                out,
+                "<text x=\"{x}\" y=\"{}\" fill=\"{colour}\">{}</text>",
+                bottom + 56.0,
+                series.name
+            );
+        }
+    }
+
+    fn draw_labels(&self, out: &mut String, left: f64) {
+        let bottom = PANEL_TOP + PANEL_HEIGHT;
         for (index, label) in self.labels.iter().enumerate() {
             let _ = writeln!(
                 out,
@@ -116,25 +140,6 @@ impl Panel<'_> {
                 "concurrent streams"
             },
         );
-        for ((index, series), colour) in self.series.iter().enumerate().zip(COLOURS) {
-            let place = |(index, value): (usize, &f64)| {
-                (
-                    left + self.x_part(index) * PANEL_WIDTH,
-                    y_of(*value),
-                    *value,
-                )
-            };
-            let points: Vec<(f64, f64, f64)> =
-                series.values.iter().enumerate().map(place).collect();
-            draw_series(out, series.name, colour, &points);
-            let x = left + 84.0 * index as f64;
-            let _ = writeln!(
-                out,
-                "<text x=\"{x}\" y=\"{}\" fill=\"{colour}\">{}</text>",
-                bottom + 56.0,
-                series.name
-            );
-        }
     }
 
     /// Levels are spread evenly, whatever their numbers: sweeps double.

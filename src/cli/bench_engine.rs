@@ -28,7 +28,7 @@ use crate::types::{BLOCK_TOKENS, GateOverride, Variant};
 
 /// Rank of the experts that are made for a model without: the paper's.
 const RANK: usize = 16;
-/// Batch at which variants are mixed.
+/// Batches in which variants are mixed: the first always, the others up to the largest batch asked for.
 const MIXED_BATCHES: [usize; 2] = [5, 32];
 
 /// Flags of the bare engine's bench.
@@ -144,8 +144,15 @@ impl Plan {
     }
 
     fn batch_max(&self) -> usize {
-        let mixed = MIXED_BATCHES.into_iter().max();
-        self.batches.iter().copied().chain(mixed).max().unwrap_or(1)
+        let largest = self.batches.iter().copied().max().unwrap_or(1);
+        largest.max(MIXED_BATCHES[0])
+    }
+
+    fn mixed_batches(&self) -> impl Iterator<Item = usize> + use<> {
+        let largest = self.batch_max();
+        MIXED_BATCHES
+            .into_iter()
+            .filter(move |batch| *batch <= largest)
     }
 
     /// Positions of the longest sequence.
@@ -250,6 +257,9 @@ pub(super) fn measure<B: Backend>(
     })
 }
 
+/// Seconds of both sides of a comparison, measured next to each other.
+type Pair = (f64, f64);
+
 /// A bench under way.
 struct Bench<B: Backend> {
     routed: Steps<B>,
@@ -314,15 +324,17 @@ impl<B: Backend> Bench<B> {
 
     fn run(&mut self) -> Result<(), BackendError> {
         let plan = &self.plan;
-        let rounds = plan.batches.len() + plan.prefills.len() + plan.contexts.len();
-        self.progress
-            .set_length((rounds + MIXED_BATCHES.len()) as u64);
+        let rounds = plan.batches.len()
+            + plan.mixed_batches().count()
+            + plan.prefills.len()
+            + plan.contexts.len();
+        self.progress.set_length(rounds as u64);
         self.fill_cache()?;
         for batch in self.plan.batches.clone() {
             self.decode(batch)?;
             self.progress.inc(1);
         }
-        for batch in MIXED_BATCHES {
+        for batch in self.plan.mixed_batches() {
             self.mixed(batch)?;
             self.progress.inc(1);
         }
@@ -354,7 +366,7 @@ impl<B: Backend> Bench<B> {
         self.progress.set_message(format!("decode, batch {batch}"));
         let group = self.group(batch, |_| Variant::Routed.gates());
         let (at, steps) = (self.plan.decode_context, self.plan.steps);
-        let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+        let mut turn = |bench: &mut Self| -> Result<Pair, BackendError> {
             let routed = bench.routed.decode(&group, at, steps)?;
             let base = bench.base.decode(&group, at, steps)?;
             Ok((per(routed, steps), per(base, steps)))
@@ -374,7 +386,7 @@ impl<B: Backend> Bench<B> {
         let all = Variant::ALL;
         let five = self.group(batch, |sequence| all[sequence % all.len()].gates());
         let (at, steps) = (self.plan.decode_context, self.plan.steps);
-        let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+        let mut turn = |bench: &mut Self| -> Result<Pair, BackendError> {
             let mixed = bench.routed.decode(&five, at, steps)?;
             let routed = bench.routed.decode(&one, at, steps)?;
             Ok((per(mixed, steps), per(routed, steps)))
@@ -394,7 +406,7 @@ impl<B: Backend> Bench<B> {
             gates: vec![Variant::Routed.gates()],
             positions: tokens,
         };
-        let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+        let mut turn = |bench: &mut Self| -> Result<Pair, BackendError> {
             let routed = bench.routed.prefill(&group, 0..tokens)?;
             let base = bench.base.prefill(&group, 0..tokens)?;
             Ok((routed.as_secs_f64(), base.as_secs_f64()))
@@ -418,7 +430,7 @@ impl<B: Backend> Bench<B> {
             self.routed.prefill(&group, filled..context)?;
             self.base.prefill(&group, filled..context)?;
             filled = context;
-            let mut turn = |bench: &mut Self| -> Result<(f64, f64), BackendError> {
+            let mut turn = |bench: &mut Self| -> Result<Pair, BackendError> {
                 let routed = bench.routed.decode(&group, context, steps)?;
                 let base = bench.base.decode(&group, context, steps)?;
                 Ok((per(routed, steps), per(base, steps)))
@@ -435,20 +447,14 @@ impl<B: Backend> Bench<B> {
     /// One turn that is not counted, then the repeats.
     fn turns(
         &mut self,
-        turn: &mut dyn FnMut(&mut Self) -> Result<(f64, f64), BackendError>,
-    ) -> Result<Vec<(f64, f64)>, BackendError> {
+        turn: &mut dyn FnMut(&mut Self) -> Result<Pair, BackendError>,
+    ) -> Result<Vec<Pair>, BackendError> {
         turn(self)?;
         (0..self.plan.repeats).map(|_| turn(self)).collect()
     }
 
     /// Both models' rows, and the ratio of the routed one to its base.
-    fn record(
-        &mut self,
-        what: &str,
-        place: (usize, usize),
-        works: [Work; 2],
-        pairs: &[(f64, f64)],
-    ) {
+    fn record(&mut self, what: &str, place: (usize, usize), works: [Work; 2], pairs: &[Pair]) {
         let [routed, base] = works;
         let (above, below) = spreads(pairs);
         let row = |kind: &str, work, seconds| {
@@ -466,14 +472,14 @@ fn per(time: Duration, steps: usize) -> f64 {
     time.as_secs_f64() / steps.max(1) as f64
 }
 
-fn spreads(pairs: &[(f64, f64)]) -> (Spread, Spread) {
+fn spreads(pairs: &[Pair]) -> (Spread, Spread) {
     (
         Spread::of(pairs.iter().map(|pair| pair.0)),
         Spread::of(pairs.iter().map(|pair| pair.1)),
     )
 }
 
-fn ratio(what: &str, batch: usize, pairs: &[(f64, f64)]) -> RatioRow {
+fn ratio(what: &str, batch: usize, pairs: &[Pair]) -> RatioRow {
     let (above, below) = spreads(pairs);
     RatioRow {
         what: what.to_owned(),
@@ -730,7 +736,7 @@ mod tests {
             assert_eq!(row.seconds.repeats, 3);
         }
         let ratios: Vec<_> = report.ratios.iter().map(|row| row.batch).collect();
-        assert_eq!(ratios, [1, 4, 5, 32, 1, 1, 1]);
+        assert_eq!(ratios, [1, 4, 5, 1, 1, 1]);
         assert_eq!(report.model.experts, "random, w = 32");
         assert!(
             report
