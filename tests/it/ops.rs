@@ -677,9 +677,11 @@ fn check_attention(case: &AttentionCase, cpus: &mut [Vec<Cpu>], random: &mut Ran
         let whole = case.run(&mut set[0], &case.whole(), false).concat();
         let what = format!("attention {} {:?}", label(&set[0]), case.heads);
         assert_close(&what, tolerance, &whole, &want);
-        for cpu in set {
+        for (i, cpu) in set.iter_mut().enumerate() {
             let what = format!("attention {} {:?}", label(cpu), case.heads);
-            assert_same_bits(&what, &case.run(cpu, &case.whole(), false).concat(), &whole);
+            if i > 0 {
+                assert_same_bits(&what, &case.run(cpu, &case.whole(), false).concat(), &whole);
+            }
             let steps = case.chunked(random);
             assert_same_bits(&what, &case.run(cpu, &steps, true).concat(), &whole);
         }
@@ -704,11 +706,11 @@ fn attention_matches_the_reference_and_chunks_match_the_whole_for_all_heads() {
 fn attention_crosses_blocks_and_splits_without_a_seam() {
     let (random, mut cpus) = (&mut Random(8), cpus());
     let heads = Heads {
-        query: 3,
+        query: 2,
         kv: 1,
         size: 16,
     };
-    for lengths in [&[15, 16, 255][..], &[256, 257], &[530], &[700, 3]] {
+    for lengths in [&[15, 16, 255][..], &[257, 3], &[530]] {
         for format in [KvFormat::F32, KvFormat::BF16] {
             let case = AttentionCase::new(random, heads, format, lengths);
             check_attention(&case, &mut cpus, random);
