@@ -13,15 +13,18 @@
 //! | 0 | [`dtype`] | types |
 //! | 0 | [`openai`] | types |
 //! | 0 | [`metrics`] | types |
+//! | 0 | [`random`] | |
 //! | 1 | [`config`] | types |
 //! | 1 | [`text`] | types |
 //! | 1 | [`backend`] | types dtype |
 //! | 1 | [`checkpoint`] | types dtype |
-//! | 2 | [`demo`] | types checkpoint |
+//! | 2 | [`demo`] | types random checkpoint |
 //! | 2 | [`model`] | types dtype checkpoint backend |
-//! | 3 | [`engine`] | types config metrics backend model |
+//! | 3 | [`engine`] | types config metrics random backend model |
 //! | 4 | [`server`] | types openai config metrics text engine |
-//! | 5 | [`bench`] | types openai config |
+//! | 4 | [`train`] | types dtype config random text checkpoint |
+//! | 5 | [`bench`] | types openai config random |
+//! | 5 | [`eval`] | types config metrics random text checkpoint backend model engine train |
 //! | 6 | [`cli`] | all |
 //!
 //! # Homes of crates
@@ -44,7 +47,8 @@
 //! | prometheus | metrics |
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |
-//! | candle_core, candle_nn, candle_transformers, proptest | tests |
+//! | candle_core, rayon | train |
+//! | candle_nn, candle_transformers, proptest | tests |
 //!
 //! # Unsafe
 //! `unsafe` is allowed in `backend/cpu` and `checkpoint/mmap.rs`, and nowhere else.
@@ -66,9 +70,12 @@ pub mod config;
 pub mod demo;
 pub mod dtype;
 pub mod engine;
+pub mod eval;
 pub mod metrics;
 pub mod model;
 pub mod openai;
+pub mod random;
 pub mod server;
 pub mod text;
+pub mod train;
 pub mod types;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::random::SplitMix64;
+use crate::random::SplitMix64;
 
 /// Longest wait that a schedule holds: keeps every sum representable, whatever rate is asked for.
 const GAP_SECONDS_MAX: f64 = 86_400.0;

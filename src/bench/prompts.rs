@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::client::Target;
 use super::error::BenchError;
-use super::random::SplitMix64;
+use crate::random::SplitMix64;
 
 /// Largest file of prompts.
 const FILE_BYTES_MAX: u64 = 256 << 20;

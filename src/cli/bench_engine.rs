@@ -14,8 +14,7 @@ use super::{CliError, engine};
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::{Backend, BackendError, KvFormat, WeightFormat};
 use crate::bench::{
-    BenchError, EngineReport, MachineFacts, Measurement, ModelFacts, RatioRow, SplitMix64, Spread,
-    Work, ratios,
+    BenchError, EngineReport, MachineFacts, Measurement, ModelFacts, RatioRow, Spread, Work, ratios,
 };
 use crate::checkpoint::{
     Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, LlamaConfig, RouterLayer,
@@ -23,6 +22,7 @@ use crate::checkpoint::{
 use crate::config::ModelSource;
 use crate::dtype::DType;
 use crate::model::{ModelOptions, RoutedLlama};
+use crate::random::SplitMix64;
 use crate::server::ServedModel;
 use crate::types::{BLOCK_TOKENS, GateOverride, Variant};
 

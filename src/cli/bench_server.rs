@@ -14,14 +14,15 @@ use super::CliError;
 use super::bench_steps::{Group, Steps};
 use crate::backend::{Backend, BackendError, KvFormat, WeightFormat};
 use crate::bench::{
-    self, BenchError, Endpoint, Job, Level, Load, PromptSource, RequestShape, ServerRow,
-    SplitMix64, Spread, Target, ratios,
+    self, BenchError, Endpoint, Job, Level, Load, PromptSource, RequestShape, ServerRow, Spread,
+    Target, ratios,
 };
 use crate::checkpoint::Checkpoint;
 use crate::config::{EngineConfig, Policy, RequestLimits, ServerConfig};
 use crate::engine::{Engine, EngineHandle, Event, GateDetail, Submission, model_options};
 use crate::metrics::Metrics;
 use crate::model::RoutedLlama;
+use crate::random::SplitMix64;
 use crate::server::{self, AppState, ServedModel};
 use crate::types::{BLOCK_TOKENS, SamplingParams, TokenId, Variant};
 

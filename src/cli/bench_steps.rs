@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, BackendError, StepLayout, StepSequence};
-use crate::bench::{SplitMix64, Work};
+use crate::bench::Work;
 use crate::checkpoint::LlamaConfig;
 use crate::model::RoutedLlama;
+use crate::random::SplitMix64;
 use crate::types::{BLOCK_TOKENS, BlockId, GateOverride, TokenId};
 
 /// A model and the tokens that it is fed.

@@ -8,7 +8,6 @@ mod error;
 mod handle;
 pub mod pool;
 pub mod prefix;
-mod random;
 mod request;
 pub mod sampler;
 pub mod scheduler;

@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use super::handle::TokenLogprobs;
-use super::random;
+use crate::random;
 use crate::types::{SamplingParams, TokenId};
 
 /// Candidates ordered in one go when looking for the nucleus; grows fourfold while its mass is short.

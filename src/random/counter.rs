@@ -1,5 +1,4 @@
-//! Random numbers as a function of what they are for: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-//! 1, 2, 3", SC11), a counter-based generator. It has no state, so nobody else's requests can move a request's numbers.
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): a number from a key and a counter.
 
 const ROUNDS: usize = 10;
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
@@ -7,7 +6,7 @@ const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
 /// A number in [0, 1), uniform over multiples of 2^-53, for the token at `position` of a request's answer `choice`.
-pub(super) fn uniform(seed: u64, choice: u32, position: u64) -> f64 {
+pub fn uniform(seed: u64, choice: u32, position: u64) -> f64 {
     let [low, high] = halves(position);
     let [a, b, _, _] = philox([low, high, choice, 0], halves(seed));
     let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;

@@ -1,4 +1,4 @@
-//! Random numbers that are a function of a seed: the same flags make the same load on every machine.
+//! A sequence of numbers from a seed and the name of a stream.
 
 /// SplitMix64 (Steele, Lea, Flood 2014): 64 bits of state, every seed is good.
 #[derive(Clone, Debug)]
@@ -25,6 +25,20 @@ impl SplitMix64 {
     pub fn unit(&mut self) -> f64 {
         const STEP: f64 = 1.0 / (1u64 << 53) as f64;
         (self.next_u64() >> 11) as f64 * STEP
+    }
+
+    /// Shuffles in place (Fisher and Yates): every order is equally likely.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.below(last + 1));
+        }
+    }
+
+    /// Standard normal (Box and Muller).
+    pub fn normal(&mut self) -> f64 {
+        // 1 - unit() is in (0, 1]: its logarithm is finite.
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.unit()).cos()
     }
 
     /// Uniform in `0..bound`; 0 where `bound` is 0. The bias of the multiply is below 2^-32 for any bound used here.
@@ -55,5 +69,25 @@ mod tests {
             }
         }
         assert_eq!(a.below(0), 0);
+    }
+
+    #[test]
+    fn shuffle_keeps_every_item_and_moves_them() {
+        let mut items: Vec<usize> = (0..100).collect();
+        SplitMix64::new(3, 0).shuffle(&mut items);
+        assert_ne!(items, (0..100).collect::<Vec<_>>());
+        items.sort_unstable();
+        assert_eq!(items, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn normal_has_mean_zero_and_variance_one() {
+        let mut random = SplitMix64::new(11, 0);
+        let draws: Vec<f64> = (0..10_000).map(|_| random.normal()).collect();
+        let mean = draws.iter().sum::<f64>() / draws.len() as f64;
+        let variance = draws.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / draws.len() as f64;
+        // Five standard deviations of either estimate.
+        assert!(mean.abs() < 0.05, "{mean}");
+        assert!((variance - 1.0).abs() < 0.08, "{variance}");
     }
 }
