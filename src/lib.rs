@@ -14,6 +14,7 @@
 //! | 0 | [`openai`] | types |
 //! | 0 | [`metrics`] | types |
 //! | 0 | [`random`] | |
+//! | 0 | [`plot`] | |
 //! | 1 | [`config`] | types |
 //! | 1 | [`text`] | types |
 //! | 1 | [`backend`] | types dtype |
@@ -22,9 +23,9 @@
 //! | 2 | [`model`] | types dtype checkpoint backend |
 //! | 3 | [`engine`] | types config metrics random backend model |
 //! | 4 | [`server`] | types openai config metrics text engine |
-//! | 4 | [`train`] | types dtype config random text checkpoint |
-//! | 5 | [`bench`] | types openai config random |
-//! | 5 | [`eval`] | types config metrics random text checkpoint backend model engine train |
+//! | 4 | [`train`] | types dtype config plot random text checkpoint |
+//! | 5 | [`bench`] | types openai config plot random |
+//! | 5 | [`eval`] | types config metrics plot random text checkpoint backend model engine train |
 //! | 6 | [`cli`] | all |
 //!
 //! # Homes of crates
@@ -48,6 +49,7 @@
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |
 //! | candle_core, rayon | train |
+//! | plotters | plot |
 //! | candle_nn, candle_transformers, proptest | tests |
 //!
 //! # Unsafe
@@ -74,6 +76,7 @@ pub mod eval;
 pub mod metrics;
 pub mod model;
 pub mod openai;
+pub mod plot;
 pub mod random;
 pub mod server;
 pub mod text;
