@@ -38,9 +38,10 @@
 //! | serde_path_to_error | openai |
 //! | reqwest, indicatif | bench cli |
 //! | tokio, futures_util | engine server bench cli |
-//! | safetensors, zip | checkpoint |
+//! | zip | checkpoint |
+//! | safetensors | checkpoint train |
 //! | memmap2 | checkpoint backend |
-//! | sha2 | checkpoint engine |
+//! | sha2 | checkpoint engine train |
 //! | tokenizers, minijinja, minijinja_contrib | text |
 //! | jiff | text config |
 //! | clap | config cli |

@@ -1,6 +1,6 @@
 //! What can go wrong in training.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::checkpoint::CheckpointError;
 use crate::text::TextError;
@@ -35,4 +35,78 @@ pub enum TrainError {
     /// The autograd engine failed.
     #[error("autograd: {0}")]
     Engine(String),
+    /// There is nothing to train on.
+    #[error("{what}: nothing to train on: no example is left")]
+    Empty {
+        /// The run.
+        what: String,
+    },
+    /// The loss or a gradient is NaN or infinite. Nothing was changed by that batch.
+    #[error(
+        "{stage}: step {step}: loss {loss}, norm of the gradient {norm}: expected finite numbers (lines of the batch: {}); {}",
+        lines_named(lines), last_good(state.as_deref())
+    )]
+    NotFinite {
+        /// The run.
+        stage: String,
+        /// From 1.
+        step: usize,
+        /// Of the batch.
+        loss: f64,
+        /// Of the batch.
+        norm: f64,
+        /// Lines of the data file that the batch came from.
+        lines: Vec<usize>,
+        /// The last state that was saved.
+        state: Option<PathBuf>,
+    },
+    /// Somebody asked for the end. Everything is saved.
+    #[error(
+        "{stage}: stopped after step {step} of {steps}; saved in {}: go on with --resume",
+        state.display()
+    )]
+    Interrupted {
+        /// The run.
+        stage: String,
+        /// Steps done.
+        step: usize,
+        /// Of so many.
+        steps: usize,
+        /// Where the state is.
+        state: PathBuf,
+    },
+    /// A saved state cannot be gone on with.
+    #[error("{}: {reason}", file.display())]
+    State {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Lines of a batch that a message names at most.
+const LINES_NAMED: usize = 64;
+
+fn lines_named(lines: &[usize]) -> String {
+    let mut sorted = lines.to_vec();
+    sorted.sort_unstable();
+    let named: Vec<String> = sorted
+        .iter()
+        .take(LINES_NAMED)
+        .map(usize::to_string)
+        .collect();
+    let more = if sorted.len() > LINES_NAMED {
+        ", ..."
+    } else {
+        ""
+    };
+    format!("{}{more}", named.join(", "))
+}
+
+fn last_good(state: Option<&Path>) -> String {
+    match state {
+        Some(state) => format!("the last good state is {}", state.display()),
+        None => "no state was saved before it".to_owned(),
+    }
 }

@@ -4,11 +4,25 @@
 //! A trainer is an [`Objective`] (what moves, and what is better) and the loop, which knows nothing else. candle lives in
 //! [`autograd`] alone: no type of it leaves that module, so that another engine can take its place.
 
+mod adamw;
 pub mod autograd;
+mod batches;
 mod error;
 mod example;
+mod files;
+mod job;
 mod objective;
+mod progress;
+mod run;
+mod schedule;
+mod state;
+mod workers;
 
+pub use adamw::AdamWOptions;
 pub use error::TrainError;
 pub use example::{Pair, Sequence};
+pub use job::{Ended, Job, Length, METRICS, Report, RunOptions, STATE, Watch};
 pub use objective::{Gradients, Objective, Parameter, Totals};
+pub use progress::{Observer, Record, Unwatched};
+pub use run::run;
+pub use schedule::{Cosine, Warmup};
