@@ -311,6 +311,22 @@ fn widen_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
+/// Little-endian bf16, rounded to nearest, ties to even.
+///
+/// # Errors
+/// The first number that becomes infinite, or was none.
+pub fn bf16_bytes(values: &[f32]) -> Result<Vec<u8>, f32> {
+    let mut bytes = Vec::with_capacity(2 * values.len());
+    for value in values {
+        let rounded = bf16::from_f32(*value);
+        if !rounded.is_finite() {
+            return Err(*value);
+        }
+        bytes.extend_from_slice(&rounded.to_le_bytes());
+    }
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -463,5 +479,16 @@ mod tests {
                 dtype.as_str()
             );
         }
+    }
+
+    #[test]
+    fn bf16_bytes_rounds_to_nearest_even_and_refuses_what_becomes_infinite() {
+        let values = [1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -0.0, 3.389e38];
+        let bytes = bf16_bytes(&values).unwrap();
+        let mut wide = [0.0; 5];
+        DType::BF16.widen(&bytes, &mut wide);
+        assert_eq!(wide[..4], [1.0, 1.0, 1.0 + 4.0 / 256.0, -0.0]);
+        assert_eq!(bf16_bytes(&[1.0, f32::MAX]), Err(f32::MAX));
+        assert!(bf16_bytes(&[f32::NAN]).is_err());
     }
 }

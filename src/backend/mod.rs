@@ -139,7 +139,7 @@ pub trait Backend: Sized + Send + 'static {
     fn name(&self) -> &'static str;
 
     /// Stacks `parts` (equal cols, any formats) along their rows into one matrix, with `extension` (same rows in all) behind
-    /// its columns. Float parts are kept as `format` says; the extension is f32 in any case (it is small, and exact then).
+    /// its columns. Float parts are kept as `format` says; the extension as it comes, f32 or bf16.
     fn matrix(
         &self,
         parts: &[HostMatrix<'_>],

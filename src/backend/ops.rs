@@ -6,6 +6,7 @@
 
 use super::step::HostStep;
 use super::{Backend, BackendError, HostMatrix, KvShape, Matrix, Shaped};
+use crate::dtype::DType;
 
 /// How far a backend may be from the reference, as a fraction of the largest magnitude of the output.
 #[derive(Clone, Copy, Debug)]
@@ -345,6 +346,14 @@ pub fn bind_parts(
     }
     if let Some(extension) = extension {
         bind_part("extension", extension, outputs, extension.cols)?;
+        if !matches!(extension.dtype, DType::F32 | DType::BF16) {
+            return Err(BackendError::Contract {
+                op: "matrix",
+                operand: "extension",
+                expected: "f32 or bf16".to_owned(),
+                found: extension.dtype.as_str().to_owned(),
+            });
+        }
     }
     Ok((outputs, inputs, extension.map_or(0, |x| x.cols)))
 }

@@ -349,10 +349,15 @@ unsafe fn few_rows_tile<S: Simd, const R: usize, const P: usize>(
             add: true,
             ..product.clone()
         };
-        let weights = F32s(matrix.extension(&group[0]));
-        let segment = std::array::from_fn(|p| p * step / 4);
+        let first = matrix.extension(&group[0]);
         let inputs = matrix.inputs()..matrix.inputs() + matrix.extension_inputs();
-        stream::<S, _, R, P>(simd, &product, group, weights, segment, inputs);
+        if matrix.extension_format() == Format::BF16 {
+            let segment = std::array::from_fn(|p| p * step / 2);
+            stream::<S, _, R, P>(simd, &product, group, Bf16s(first.cast()), segment, inputs);
+        } else {
+            let segment = std::array::from_fn(|p| p * step / 4);
+            stream::<S, _, R, P>(simd, &product, group, F32s(first.cast()), segment, inputs);
+        }
     }
 }
 
@@ -394,12 +399,14 @@ unsafe fn widened_tile<S: Simd, const R: usize, const P: usize>(
         _ => 1,
     };
     let (block, row) = (SMALL_BLOCK.max(unit), product.rows.start);
+    assert!(product.inputs.end <= product.matrix.inputs());
     for input in product.inputs.clone().step_by(block) {
         let inputs = input..product.inputs.end.min(input + block);
         for (p, panel) in group.iter().enumerate() {
             simd.call(Widen {
-                matrix: product.matrix,
-                panel,
+                weights: product.matrix.weights(panel),
+                format: panel.format,
+                lanes: panel.lanes,
                 inputs: inputs.clone(),
                 out: &mut scratch.0[p * block * LANES..][..block * LANES],
             });
@@ -417,10 +424,11 @@ unsafe fn widened_tile<S: Simd, const R: usize, const P: usize>(
     }
 }
 
-/// Widens some inputs (whole units) of a panel into (inputs, LANES).
+/// Widens some inputs (whole units) of a panel, or of its extension, into (inputs, LANES). Its maker vouches that it has them.
 struct Widen<'a> {
-    matrix: &'a PackedMatrix,
-    panel: &'a Panel,
+    weights: *const u8,
+    format: Format,
+    lanes: usize,
     inputs: Range<usize>,
     out: &'a mut [f32],
 }
@@ -428,13 +436,11 @@ struct Widen<'a> {
 impl Kernel for Widen<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (weights, lanes) = (self.matrix.weights(self.panel), self.panel.lanes);
-        assert!(self.inputs.end <= self.matrix.inputs());
+        let (weights, lanes) = (self.weights, self.lanes);
         let (out, _) = self.out.as_chunks_mut::<LANES>();
-        // SAFETY: the panel's weights are where `PackedMatrix` says, the inputs are its (asserted), and `out` is a slice that
-        // `zip` and `chunks` keep within.
+        // SAFETY: vouched for by the maker, and `out` is a slice that `zip` and `chunks` keep within.
         unsafe {
-            match self.panel.format {
+            match self.format {
                 Format::F32 => {
                     for (out, k) in out.iter_mut().zip(self.inputs) {
                         let w = simd.load(weights.cast::<f32>().add(k * lanes));
@@ -533,44 +539,90 @@ unsafe fn block_group<S: Simd, const P: usize>(
     add: bool,
     scratch: &mut Scratch,
 ) {
-    let (matrix, lanes) = (product.matrix, group[0].lanes);
-    let step = matrix.panel_bytes(&group[0]) / 4;
-    let (weights, step_here, stride) = if group[0].format == Format::F32 {
-        let weights: *const f32 = matrix.weights(&group[0]).cast();
-        (weights.wrapping_add(inputs.start * lanes), step, lanes)
-    } else {
-        for (panel, out) in group.iter().zip(scratch.0.chunks_exact_mut(BLOCK * LANES)) {
-            let inputs = inputs.clone();
-            simd.call(Widen {
-                matrix,
-                panel,
-                inputs,
-                out,
-            });
-        }
-        (scratch.0.as_ptr(), BLOCK * LANES, LANES)
-    };
-    let tile = Tile::<_, 1, P> {
-        weights: F32s(weights),
-        segments: &[std::array::from_fn(|p| p * step_here)],
-        stride,
-        count: inputs.len(),
+    let matrix = product.matrix;
+    let last = inputs.end == product.inputs.end;
+    assert!(inputs.end <= matrix.inputs());
+    let weights = BlockOf {
+        product,
+        group,
+        weights: group.map(|panel| matrix.weights(&panel)),
+        format: group[0].format,
         x: product.x_at(0, inputs.start),
-        x_stride: product.x_stride,
-        target: product.target(0, &group[0], lanes, add),
+        add,
     };
-    rows_by_tiles(simd, &tile, rows);
-    if product.extension && inputs.end == product.inputs.end {
-        let extension = Tile {
-            weights: F32s(matrix.extension(&group[0])),
-            segments: &[std::array::from_fn(|p| p * step)],
-            stride: lanes,
-            count: matrix.extension_inputs(),
-            x: product.x_at(0, matrix.inputs()),
-            target: product.target(0, &group[0], lanes, true),
-            ..tile
+    // SAFETY: by contract, and the inputs are the matrix's (asserted).
+    unsafe { weights.multiply(simd, rows, inputs, scratch) };
+    if product.extension && last {
+        for input in (0..matrix.extension_inputs()).step_by(BLOCK) {
+            let inputs = input..matrix.extension_inputs().min(input + BLOCK);
+            let extension = BlockOf {
+                weights: group.map(|panel| matrix.extension(&panel)),
+                format: matrix.extension_format(),
+                x: product.x_at(0, matrix.inputs() + input),
+                add: true,
+                ..weights
+            };
+            // SAFETY: by contract, and the inputs are the extension's.
+            unsafe { extension.multiply(simd, rows, inputs, scratch) };
+        }
+    }
+}
+
+/// A block of inputs of P panels, or of their extensions.
+#[derive(Clone, Copy)]
+struct BlockOf<'a, const P: usize> {
+    product: &'a Product<'a>,
+    group: &'a [Panel; P],
+    /// Input 0 of each panel.
+    weights: [*const u8; P],
+    format: Format,
+    /// Row 0, the block's first input.
+    x: *const f32,
+    add: bool,
+}
+
+impl<const P: usize> BlockOf<'_, P> {
+    /// All `rows` against `inputs`, which are widened once unless they are f32.
+    ///
+    /// # Safety
+    /// As `block_group`; the panels must have the inputs.
+    #[inline(always)]
+    unsafe fn multiply<S: Simd>(
+        &self,
+        simd: S,
+        rows: &Range<usize>,
+        inputs: Range<usize>,
+        scratch: &mut Scratch,
+    ) {
+        let lanes = self.group[0].lanes;
+        let count = inputs.len();
+        let (weights, step, stride) = if self.format == Format::F32 {
+            let first: *const f32 = self.weights[0].cast();
+            let step = self.product.matrix.panel_bytes(&self.group[0]) / 4;
+            (first.wrapping_add(inputs.start * lanes), step, lanes)
+        } else {
+            let room = scratch.0.chunks_exact_mut(BLOCK * LANES);
+            for (weights, out) in self.weights.into_iter().zip(room) {
+                simd.call(Widen {
+                    weights,
+                    format: self.format,
+                    lanes,
+                    inputs: inputs.clone(),
+                    out,
+                });
+            }
+            (scratch.0.as_ptr(), BLOCK * LANES, LANES)
         };
-        rows_by_tiles(simd, &extension, rows);
+        let tile = Tile::<_, 1, P> {
+            weights: F32s(weights),
+            segments: &[std::array::from_fn(|p| p * step)],
+            stride,
+            count,
+            x: self.x,
+            x_stride: self.product.x_stride,
+            target: self.product.target(0, &self.group[0], lanes, self.add),
+        };
+        rows_by_tiles(simd, &tile, rows);
     }
 }
 

@@ -3,7 +3,7 @@
 //! A panel of a float format is (inputs, lanes), so that one load takes one input's weights of all its outputs; a panel of a
 //! block format is units of [`Quant`]. The last panel of a part holds fewer outputs: a float panel is then narrower, and a
 //! load of sixteen lanes reads into the next input, whose lanes nobody looks at. Behind its weights a panel carries its
-//! outputs of the extension, f32 (extension inputs, lanes).
+//! outputs of the extension, f32 or bf16 (extension inputs, lanes).
 
 #![allow(unsafe_code)]
 
@@ -47,6 +47,7 @@ impl Format {
         }
     }
 
+    #[inline(always)]
     fn panel_bytes(self, inputs: usize, lanes: usize) -> usize {
         match self {
             Self::F32 => 4 * inputs * lanes,
@@ -76,6 +77,7 @@ pub struct PackedMatrix {
     outputs: usize,
     inputs: usize,
     extension_inputs: usize,
+    extension_format: Format,
     panels: Vec<Panel>,
     bytes: Memory<u8>,
 }
@@ -108,6 +110,10 @@ impl PackedMatrix {
         format: WeightFormat,
     ) -> Result<Self, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
+        let extension_format = match &extension {
+            Some(extension) => Format::of(extension.dtype, WeightFormat::Stored),
+            None => Format::F32,
+        };
         let mut panels = Vec::with_capacity(outputs / LANES + parts.len());
         let mut sources = Vec::with_capacity(panels.capacity());
         let (mut first, mut end) = (0, 0);
@@ -119,7 +125,8 @@ impl PackedMatrix {
                 // No overflow: `bind_parts` saw all these weights in memory, and repacking at most quadruples a size.
                 let extension_at = at + format.panel_bytes(inputs, lanes);
                 let extension_at = extension_at.next_multiple_of(ALIGN);
-                end = (extension_at + 4 * extension_inputs * lanes).next_multiple_of(ALIGN);
+                let extension_bytes = extension_format.panel_bytes(extension_inputs, lanes);
+                end = (extension_at + extension_bytes).next_multiple_of(ALIGN);
                 sources.push((index, row));
                 panels.push(Panel {
                     first,
@@ -138,18 +145,22 @@ impl PackedMatrix {
             let len = panel.format.panel_bytes(inputs, panel.lanes);
             // SAFETY: panels do not overlap, and each is one chunk.
             let (weights, tail) = unsafe {
-                let tail = out.slice(panel.extension_at, 4 * extension_inputs * panel.lanes);
-                (out.slice(panel.at, len), tail)
+                let tail = extension_format.panel_bytes(extension_inputs, panel.lanes);
+                (
+                    out.slice(panel.at, len),
+                    out.slice(panel.extension_at, tail),
+                )
             };
             pack_panel(&parts[part], row, panel, weights);
             if let Some(extension) = &extension {
-                pack_floats(extension, panel.first, panel.lanes, Format::F32, tail);
+                pack_floats(extension, panel.first, panel.lanes, extension_format, tail);
             }
         });
         Ok(Self {
             outputs,
             inputs,
             extension_inputs,
+            extension_format,
             panels,
             bytes,
         })
@@ -170,16 +181,24 @@ impl PackedMatrix {
 
     /// The extension of a panel, as [`Self::weights`].
     #[inline(always)]
-    pub fn extension(&self, panel: &Panel) -> *const f32 {
+    pub fn extension(&self, panel: &Panel) -> *const u8 {
         assert!(panel.extension_at < self.bytes.len());
-        self.bytes.as_ptr().wrapping_add(panel.extension_at).cast()
+        self.bytes.as_ptr().wrapping_add(panel.extension_at)
+    }
+
+    /// [`Format::F32`] or [`Format::BF16`].
+    #[inline(always)]
+    pub fn extension_format(&self) -> Format {
+        self.extension_format
     }
 
     /// Bytes from one panel to the next of the same part.
     #[inline(always)]
     pub fn panel_bytes(&self, panel: &Panel) -> usize {
-        let bytes = panel.extension_at - panel.at + 4 * self.extension_inputs * panel.lanes;
-        bytes.next_multiple_of(ALIGN)
+        let extension = self
+            .extension_format
+            .panel_bytes(self.extension_inputs, panel.lanes);
+        (panel.extension_at - panel.at + extension).next_multiple_of(ALIGN)
     }
 
     /// Writes the weights of one output, widened, without its extension.
