@@ -37,3 +37,5 @@ pub(crate) const RANK_MAX: usize = 4096;
 pub(crate) const EOS_MAX: usize = 256;
 /// Parts that `midpo.json` lists.
 pub(crate) const PARTS_MAX: usize = SHARDS_MAX + 64;
+/// GGUF files named in a message about a directory that has several.
+pub(crate) const GGUF_NAMES_MAX: usize = 16;

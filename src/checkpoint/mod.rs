@@ -41,7 +41,7 @@ use source::Source;
 /// Where a checkpoint's parts are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sources {
-    /// A Hugging Face directory, a directory that [`pack`] wrote, or a GGUF file.
+    /// A Hugging Face directory, a directory that [`pack`] wrote, a GGUF file, or a directory with one GGUF file.
     pub model: PathBuf,
     /// PEFT directory of the safety expert. Both experts and the router are given, or none of them.
     pub safety: Option<PathBuf>,
@@ -86,7 +86,7 @@ pub struct Checkpoint {
     pub experts: Option<Experts>,
     /// What the tokenizer is made from.
     pub text: TextParts,
-    /// `generation_config.json`.
+    /// `generation_config.json`, of the base's directory or beside its GGUF file.
     pub generation: GenerationDefaults,
     /// SHA-256, hex, over what the weights are: keys caches, shown at `/version`. Equal weights in another place or container
     /// may differ. Hashed are the configuration; of every file of the base its name, its size and, up to 1 MiB, all of it, else its
@@ -323,6 +323,11 @@ fn load_all(sources: &Sources) -> Result<Loaded, CheckpointError> {
     }
     let source = Source::directory(&sources.model);
     if !source.exists(manifest::FILE) {
+        if !source.exists(hf::CONFIG)
+            && let Some(file) = only_gguf(&sources.model)?
+        {
+            return load_file(&file, experts);
+        }
         return load_directory(source, experts);
     }
     if experts.is_some() {
@@ -333,6 +338,38 @@ fn load_all(sources: &Sources) -> Result<Loaded, CheckpointError> {
         ));
     }
     load_packed(&source, sources.verify)
+}
+
+/// The GGUF file of a directory that is no Hugging Face one; `None` where there is none.
+fn only_gguf(directory: &Path) -> Result<Option<PathBuf>, CheckpointError> {
+    let io = |source| CheckpointError::io(directory, source);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(io)? {
+        let file = entry.map_err(io)?.path();
+        if file.extension().is_some_and(|end| end == "gguf") && file.is_file() {
+            files.push(file);
+        }
+    }
+    files.sort();
+    if let [_, _, ..] = files.as_slice() {
+        let names = files.iter().filter_map(|file| file.file_name());
+        let named: Vec<_> = names
+            .take(limits::GGUF_NAMES_MAX)
+            .map(|name| name.to_string_lossy())
+            .collect();
+        let more = if files.len() > named.len() {
+            ", ..."
+        } else {
+            ""
+        };
+        let reason = format!(
+            "expected config.json or one GGUF file, found {}: {}{more}; name one of them",
+            files.len(),
+            named.join(", ")
+        );
+        return Err(CheckpointError::malformed(directory, reason));
+    }
+    Ok(files.pop())
 }
 
 /// A directory that [`pack`] wrote: only what its manifest lists is looked at.
@@ -384,20 +421,15 @@ fn load_gguf(
         let reason = "expected a directory or a GGUF file, found another file";
         return Err(CheckpointError::malformed(&file, reason));
     }
-    let (config, base, text) = gguf::load(&file, &opened)?;
+    let (mut config, base, mut text) = gguf::load(&file, &opened)?;
+    let generation = hf::generation::read(&source, &mut config)?;
+    text_parts::read_beside(&source, &mut text)?;
     let files = BaseFiles {
         source,
         kind: BaseKind::Gguf,
         weights: vec![name],
     };
-    Loaded::join(
-        config,
-        base,
-        text,
-        GenerationDefaults::default(),
-        files,
-        experts,
-    )
+    Loaded::join(config, base, text, generation, files, experts)
 }
 
 impl Loaded {

@@ -28,7 +28,7 @@ pub enum Overwrite {
     Packed,
 }
 
-/// Small files of a Hugging Face base that are packed where they are there.
+/// Small files of a base that are packed where they are there.
 const BASE_FILES: [(&str, Role); 6] = [
     (hf::CONFIG, Role::Config),
     (hf::GENERATION, Role::Config),
@@ -69,11 +69,12 @@ fn write_base(
     parts: &mut Vec<Part>,
 ) -> Result<(), CheckpointError> {
     let base = &loaded.base;
-    if base.kind == BaseKind::HuggingFace {
-        for (name, role) in BASE_FILES {
-            if base.source.exists(name) {
-                parts.push(staging.copy(&base.source, name, name, role)?);
-            }
+    // A GGUF file holds these itself.
+    let held =
+        |name| base.kind == BaseKind::Gguf && [hf::CONFIG, text_parts::TOKENIZER].contains(&name);
+    for (name, role) in BASE_FILES {
+        if base.source.exists(name) && !held(name) {
+            parts.push(staging.copy(&base.source, name, name, role)?);
         }
     }
     for name in &base.weights {

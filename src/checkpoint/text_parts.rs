@@ -40,6 +40,30 @@ struct TokenizerOutline {
 /// [`CheckpointError`] names the file, and the key where there is one.
 pub(crate) fn read(source: &Source) -> Result<TextParts, CheckpointError> {
     let tokenizer_json = tokenizer(source)?;
+    named_tokens_and_template(source, tokenizer_json)
+}
+
+/// Adds to `text`, a GGUF file's, what its metadata leave open and the files beside it say: chat template, special tokens.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_beside(source: &Source, text: &mut TextParts) -> Result<(), CheckpointError> {
+    let beside = named_tokens_and_template(source, Vec::new())?;
+    text.chat_template = text.chat_template.take().or(beside.chat_template);
+    text.bos_token = text.bos_token.take().or(beside.bos_token);
+    text.eos_token = text.eos_token.take().or(beside.eos_token);
+    for (key, token) in beside.special_tokens {
+        if !text.special_tokens.iter().any(|(known, _)| *known == key) {
+            text.special_tokens.push((key, token));
+        }
+    }
+    Ok(())
+}
+
+fn named_tokens_and_template(
+    source: &Source,
+    tokenizer_json: Vec<u8>,
+) -> Result<TextParts, CheckpointError> {
     let object = |name: &str| match source.read_optional(name, CONFIG_BYTES_MAX)? {
         Some(bytes) => Object::parse(&source.path(name), &bytes).map(Some),
         None => Ok(None),

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use midpo::checkpoint::{
-    Checkpoint, CheckpointError, Overwrite, RopeScaling, Sources, Verify, load, load_embedded, pack,
+    Checkpoint, CheckpointError, GenerationDefaults, Overwrite, RopeScaling, Sources, Verify, load,
+    load_embedded, pack,
 };
 use midpo::dtype::DType;
 use midpo::types::TokenId;
@@ -467,6 +468,66 @@ fn pack_when_the_base_is_a_gguf_file_keeps_it_and_loads_alone() {
         ..Sources::model(&packed)
     };
     assert!(matches!(load(&all), Err(CheckpointError::Hash { .. })));
+}
+
+#[test]
+fn files_beside_a_gguf_file_say_what_its_metadata_leave_open_and_are_packed_with_it() {
+    let scratch = Scratch::new();
+    let directory = scratch.0.join("model");
+    fs::create_dir(&directory).unwrap();
+    let mut file = crate::gguf::routed(candle_core::quantized::GgmlDType::F32);
+    file.remove("tokenizer.chat_template");
+    fs::write(directory.join("base.gguf"), file.bytes()).unwrap();
+    let alone = load(&Sources::model(directory.join("base.gguf"))).unwrap();
+    assert_eq!(alone.generation, GenerationDefaults::default());
+    assert_eq!(alone.text.chat_template, None);
+
+    let generation = r#"{"eos_token_id": [2, 7], "temperature": 0.3, "top_k": 9}"#;
+    fs::write(directory.join("generation_config.json"), generation).unwrap();
+    let tokens = r#"{"chat_template": "beside", "eos_token": "none", "pad_token": "<pad>"}"#;
+    fs::write(directory.join("tokenizer_config.json"), tokens).unwrap();
+    // Neither is the file's business: both are in the GGUF file.
+    fs::write(directory.join("tokenizer.json"), "no JSON").unwrap();
+    // A directory stands for the one GGUF file in it.
+    for model in [directory.clone(), directory.join("base.gguf")] {
+        let loaded = load(&Sources::model(model)).unwrap();
+        let ids: Vec<u32> = loaded.config.eos_token_ids.iter().map(|id| id.0).collect();
+        assert_eq!(ids, [2, 7]);
+        assert_eq!(loaded.generation.temperature, Some(0.3));
+        assert_eq!(loaded.generation.top_k, Some(9));
+        assert_eq!(loaded.text.chat_template.as_deref(), Some("beside"));
+        assert_eq!(loaded.text.eos_token, alone.text.eos_token);
+        let pad = ("pad_token".to_owned(), "<pad>".to_owned());
+        assert!(loaded.text.special_tokens.contains(&pad));
+    }
+    let packed = scratch.0.join("packed");
+    let sources = Sources::model(&directory);
+    pack(&sources, &packed, Overwrite::Never).unwrap();
+    let loaded = load(&Sources::model(&packed)).unwrap();
+    assert_same(&load(&sources).unwrap(), &loaded);
+    assert_eq!(loaded.text.chat_template.as_deref(), Some("beside"));
+    assert!(!packed.join("tokenizer.json").exists());
+
+    fs::write(directory.join("generation_config.json"), r#"{"top_p": 2}"#).unwrap();
+    let error = load(&sources).unwrap_err().to_string();
+    assert!(
+        error.contains("generation_config.json") && error.contains("top_p"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_directory_with_several_gguf_files_is_refused_with_their_names() {
+    let scratch = Scratch::new();
+    for name in ["b.Q8_0.gguf", "a.Q4_0.gguf", "notes.txt"] {
+        fs::write(scratch.0.join(name), "GGUF").unwrap();
+    }
+    let error = load(&Sources::model(&scratch.0)).unwrap_err().to_string();
+    assert!(error.contains("a.Q4_0.gguf, b.Q8_0.gguf"), "{error}");
+    // With a configuration it is a Hugging Face directory, whatever else lies there.
+    fs::write(scratch.0.join("config.json"), "{}").unwrap();
+    let error = load(&Sources::model(&scratch.0)).unwrap_err().to_string();
+    assert!(error.contains("config.json"), "{error}");
 }
 
 fn check_tampering(packed: &Path, all: &Sources) {

@@ -10,7 +10,10 @@ use crate::checkpoint::{CheckpointError, GenerationDefaults, LlamaConfig};
 pub(crate) const FILE: &str = "generation_config.json";
 
 /// Reads it, and adds its ends of sequence to those of `config`.
-pub(super) fn read(
+///
+/// # Errors
+/// Names the file and the key.
+pub(crate) fn read(
     source: &Source,
     config: &mut LlamaConfig,
 ) -> Result<GenerationDefaults, CheckpointError> {

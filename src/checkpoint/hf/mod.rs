@@ -2,7 +2,7 @@
 //! index.
 
 mod config;
-mod generation;
+pub(super) mod generation;
 
 use std::collections::BTreeMap;
 
