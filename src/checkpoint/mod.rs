@@ -21,6 +21,7 @@ mod parallel;
 mod peft;
 mod pickle;
 mod pth;
+mod rope;
 mod router;
 mod source;
 mod tensor;
@@ -32,6 +33,7 @@ use std::path::{Path, PathBuf};
 pub use config::{GenerationDefaults, LlamaConfig, RopeScaling};
 pub use error::CheckpointError;
 pub use pack::{Overwrite, pack};
+pub use rope::rope_table;
 pub use source::EmbeddedFiles;
 pub use tensor::{HostTensor, TensorBytes};
 

@@ -3,7 +3,6 @@
 
 mod error;
 mod layer;
-mod rope;
 mod weights;
 
 pub use error::ModelError;

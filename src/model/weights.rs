@@ -1,10 +1,10 @@
 //! The weights, stacked as the forward pass reads them and handed to the backend.
 
-use super::{ModelError, rope};
+use super::ModelError;
 use crate::backend::ops::ExpertShape;
 use crate::backend::{Backend, BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::checkpoint::{
-    BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig,
+    BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig, rope_table,
 };
 use crate::dtype::{self, DType};
 
@@ -18,7 +18,7 @@ pub(super) struct Weights<B: Backend> {
     pub norm: B::Buffer,
     /// (vocabulary, d); `None`: the embedding.
     pub head: Option<B::Matrix>,
-    /// (positions, head_dim): see [`rope::table`].
+    /// (positions, head_dim): see [`rope_table`].
     pub rope: B::Buffer,
 }
 
@@ -61,7 +61,7 @@ impl<B: Backend> Weights<B> {
         let experts = checkpoint.experts.as_ref();
         let layers = layers.iter().enumerate();
         let mut rope = backend.buffer(positions, checkpoint.config.head_dim)?;
-        backend.write(&mut rope, &rope::table(&checkpoint.config, positions))?;
+        backend.write(&mut rope, &rope_table(&checkpoint.config, positions))?;
         Ok(Self {
             embed: uploader.matrix("model.embed_tokens", &[embed_tokens], None)?,
             layers: layers

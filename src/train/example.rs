@@ -27,3 +27,16 @@ pub struct Pair {
     /// Where it came from, for messages: line of the data file, from 1.
     pub line: usize,
 }
+
+/// Two answers to one prompt, for a score model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScorePair {
+    /// Of a reward model the better answer, of a cost model the safer one.
+    pub better: Sequence,
+    /// The other.
+    pub worse: Sequence,
+    /// Whether `better` is said to be safe; `None`: no label, or a reward model.
+    pub better_safe: Option<bool>,
+    /// Whether `worse` is said to be safe.
+    pub worse_safe: Option<bool>,
+}

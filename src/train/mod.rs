@@ -20,7 +20,7 @@ mod workers;
 
 pub use adamw::AdamWOptions;
 pub use error::TrainError;
-pub use example::{Pair, Sequence};
+pub use example::{Pair, ScorePair, Sequence};
 pub use job::{Ended, Job, Length, METRICS, Report, RunOptions, STATE, Watch};
 pub use objective::{Gradients, Objective, Parameter, Totals};
 pub use progress::{Observer, Record, Unwatched};

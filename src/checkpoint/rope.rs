@@ -1,13 +1,13 @@
-//! The table of the rotary embedding, with the stretchings of Hugging Face's `rope_scaling`.
+//! The table of the rotary embedding, with the stretchings of Hugging Face's `rope_scaling`: one for serving and training.
 
 use std::f64::consts::TAU;
 
-use crate::checkpoint::{LlamaConfig, RopeScaling};
+use super::{LlamaConfig, RopeScaling};
 
 /// (positions, head_dim), row-major: `head_dim / 2` cosines, then as many sines, of `position * frequency_i`.
 ///
 /// Computed in f64: an angle of 8,192 has an error of 5e-4 in f32, and the table is made once.
-pub(super) fn table(config: &LlamaConfig, positions: usize) -> Vec<f32> {
+pub fn rope_table(config: &LlamaConfig, positions: usize) -> Vec<f32> {
     let frequencies = frequencies(config, positions);
     let mut table = Vec::with_capacity(positions * config.head_dim);
     for position in 0..positions {
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn table_holds_cosines_then_sines() {
-        let table = table(&config(RopeScaling::None), 3);
+        let table = rope_table(&config(RopeScaling::None), 3);
         assert_eq!(table.len(), 3 * 8);
         assert_eq!(&table[..8], &[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         assert!((table[16] - 2f32.cos()).abs() < 1e-7 && (table[20] - 2f32.sin()).abs() < 1e-7);
