@@ -78,7 +78,8 @@ impl Base {
         let mut sums = Vec::with_capacity(pairs.len());
         // A pair at a time: it runs once, and memory stays that of one.
         for pair in pairs {
-            let batch = PairBatch::new(&[pair], preference::Anchor::None, Last::Drop, self.config())?;
+            let batch =
+                PairBatch::new(&[pair], preference::Anchor::None, Last::Drop, self.config())?;
             let log_probs = self.log_probs(batch.batch, &Mixture::Base)?;
             let sums_of = batch.spans.iter().map(|span| span.sums(&log_probs));
             sums.extend(sums_of.map(|(better, worse)| (better as f32, worse as f32)));

@@ -86,7 +86,11 @@ pub(super) fn check(sequence: &Sequence, config: &LlamaConfig) -> Result<(), Tra
     } else if !(1..=length).contains(&sequence.answer) {
         let answer = sequence.answer;
         format!("an answer from token {answer} on: expected from 1 to {length}")
-    } else if let Some(id) = sequence.ids.iter().find(|id| id.index() >= config.vocab_size) {
+    } else if let Some(id) = sequence
+        .ids
+        .iter()
+        .find(|id| id.index() >= config.vocab_size)
+    {
         format!("token {}: expected one below {}", id.0, config.vocab_size)
     } else {
         return Ok(());

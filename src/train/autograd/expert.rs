@@ -99,8 +99,14 @@ impl Expert {
         let mut blocks = Vec::new();
         for (index, layer) in expert.layers.iter().enumerate() {
             for (parameter, values) in [
-                (matrix(&name(index, "lora_A"), expert.rank, m), &layer.lora_a),
-                (matrix(&name(index, "lora_B"), d, expert.rank), &layer.lora_b),
+                (
+                    matrix(&name(index, "lora_A"), expert.rank, m),
+                    &layer.lora_a,
+                ),
+                (
+                    matrix(&name(index, "lora_B"), d, expert.rank),
+                    &layer.lora_b,
+                ),
             ] {
                 super::blocks::check_one(&parameter, values)?;
                 blocks.push(Block {
@@ -166,12 +172,7 @@ impl Expert {
         }
     }
 
-    fn run(
-        &self,
-        pairs: &[&Pair],
-        totals: Totals,
-        tracked: bool,
-    ) -> Result<Gradients, TrainError> {
+    fn run(&self, pairs: &[&Pair], totals: Totals, tracked: bool) -> Result<Gradients, TrainError> {
         let references = references(&self.base, pairs)?;
         let anchor = if self.options.anchor > 0.0 {
             Anchor::Answer
@@ -203,7 +204,10 @@ impl Expert {
         Ok(Gradients {
             values,
             loss: sums.loss / items,
-            watched: WATCHED.into_iter().zip(watched.map(|sum| sum / items)).collect(),
+            watched: WATCHED
+                .into_iter()
+                .zip(watched.map(|sum| sum / items))
+                .collect(),
         })
     }
 
@@ -213,7 +217,9 @@ impl Expert {
         batch: Totals,
         tracked: bool,
     ) -> Result<Gradients, TrainError> {
-        in_chunks(items, &WATCHED, tokens, |chunk| self.run(chunk, batch, tracked))
+        in_chunks(items, &WATCHED, tokens, |chunk| {
+            self.run(chunk, batch, tracked)
+        })
     }
 }
 

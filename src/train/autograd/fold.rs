@@ -159,7 +159,11 @@ mod tests {
         let (da, da0) = ([0.3f32, -0.7, 1.1, 0.2], -0.4f32);
         let value = |values: &[Vec<f32>]| {
             let (a, a0) = Gate::new(values).unwrap().fold();
-            a.iter().zip(&da).map(|(a, d)| f64::from(a * d)).sum::<f64>() + f64::from(a0 * da0)
+            a.iter()
+                .zip(&da)
+                .map(|(a, d)| f64::from(a * d))
+                .sum::<f64>()
+                + f64::from(a0 * da0)
         };
         let gradients = Gate::new(&values).unwrap().unfold(&da, da0);
         for (tensor, gradient) in gradients.iter().enumerate() {
@@ -171,7 +175,10 @@ mod tests {
                     value(&values)
                 };
                 let slope = (moved(0.5) - moved(-0.5)) as f32;
-                assert!((slope - gradient).abs() < 1e-5, "{tensor} {index}: {slope} {gradient}");
+                assert!(
+                    (slope - gradient).abs() < 1e-5,
+                    "{tensor} {index}: {slope} {gradient}"
+                );
             }
         }
     }

@@ -104,7 +104,10 @@ pub(super) struct Hidden {
 
 impl Llama {
     /// Takes the tensors of `weights::Weights::trunk`, in its order; `None` when there are too few. The rest is the caller's.
-    pub(super) fn take(shape: &Arc<Shape>, tensors: &mut impl Iterator<Item = Tensor>) -> Option<Self> {
+    pub(super) fn take(
+        shape: &Arc<Shape>,
+        tensors: &mut impl Iterator<Item = Tensor>,
+    ) -> Option<Self> {
         let embedding = tensors.next()?;
         let mut layers = Vec::with_capacity(shape.config.num_layers);
         for _ in 0..shape.config.num_layers {

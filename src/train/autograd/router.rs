@@ -124,7 +124,9 @@ impl Router {
         tensors: &[(String, Vec<usize>, Vec<f32>)],
         options: RouterOptions,
     ) -> Result<Self, TrainError> {
-        let first = tensors.iter().find(|tensor| tensor.0 == "layer_0_alpha.linear_0.bias");
+        let first = tensors
+            .iter()
+            .find(|tensor| tensor.0 == "layer_0_alpha.linear_0.bias");
         let hidden = first.map_or(options.hidden, |(_, _, values)| values.len());
         let options = RouterOptions { hidden, ..options };
         let mut router = Self::new(base, safety, helpfulness, options)?;
@@ -142,7 +144,11 @@ impl Router {
         let named = self.parameters.iter().zip(&self.values);
         named
             .map(|(parameter, values)| {
-                (parameter.name.clone(), parameter.shape.clone(), values.clone())
+                (
+                    parameter.name.clone(),
+                    parameter.shape.clone(),
+                    values.clone(),
+                )
             })
             .collect()
     }
@@ -364,7 +370,12 @@ impl Router {
         let layers = gates.len().max(1) as f64;
         let (tokens, ends) = (totals.tokens as f64, 2.0 * totals.items as f64);
         let [alpha, beta, alpha_last, beta_last] = sums.map(|sum| sum / layers);
-        Ok([alpha / tokens, beta / tokens, alpha_last / ends, beta_last / ends])
+        Ok([
+            alpha / tokens,
+            beta / tokens,
+            alpha_last / ends,
+            beta_last / ends,
+        ])
     }
 
     fn shares(
@@ -441,7 +452,10 @@ fn expert_layer(
         expected,
         found,
     };
-    let layer = expert.layers.get(index).ok_or_else(|| shape("lora_A", expert.rank * m, 0))?;
+    let layer = expert
+        .layers
+        .get(index)
+        .ok_or_else(|| shape("lora_A", expert.rank * m, 0))?;
     for (what, expected, found) in [
         ("lora_A", expert.rank * m, layer.lora_a.len()),
         ("lora_B", d * expert.rank, layer.lora_b.len()),

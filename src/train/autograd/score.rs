@@ -85,7 +85,13 @@ impl ScoreModel {
         let weights = Weights::Named(named);
         let head = weights.block(vec![matrix(HEAD, 1, score.config.hidden_size)])?;
         let bias = has_bias.then(|| weights.block(vec![vector(BIAS, 1)]));
-        Self::new(score.config.clone(), &weights, head, bias.transpose()?, kind)
+        Self::new(
+            score.config.clone(),
+            &weights,
+            head,
+            bias.transpose()?,
+            kind,
+        )
     }
 
     fn new(
@@ -208,7 +214,9 @@ impl ScoreModel {
         batch: Totals,
         tracked: bool,
     ) -> Result<Gradients, TrainError> {
-        in_chunks(items, &WATCHED, tokens, |chunk| self.run(chunk, batch, tracked))
+        in_chunks(items, &WATCHED, tokens, |chunk| {
+            self.run(chunk, batch, tracked)
+        })
     }
 }
 

@@ -9,8 +9,8 @@ use super::batch::{Batch, Last, in_chunks};
 use super::blocks::Blocks;
 use super::llama::{Llama, Mixture, Shape};
 use super::ops::{Hits, read};
-use super::weights::Weights;
 use super::weighted_sum;
+use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{Gradients, Objective, Parameter, Sequence, Totals, TrainError};
 use crate::types::TokenId;
@@ -50,11 +50,7 @@ impl Sft {
     ///
     /// # Errors
     /// [`TrainError::Engine`] where the engine fails.
-    pub fn random(
-        config: LlamaConfig,
-        seed: u64,
-        options: SftOptions,
-    ) -> Result<Self, TrainError> {
+    pub fn random(config: LlamaConfig, seed: u64, options: SftOptions) -> Result<Self, TrainError> {
         let layers = config.num_layers;
         Self::new(config, &Weights::Random { seed, layers }, options)
     }

@@ -159,7 +159,8 @@ fn random(parameter: &Parameter, seed: u64, layers: usize) -> Vec<f32> {
     if parameter.shape.len() == 1 {
         return vec![1.0; size];
     }
-    let writes = parameter.name.ends_with("o_proj.weight") || parameter.name.ends_with("down_proj.weight");
+    let writes =
+        parameter.name.ends_with("o_proj.weight") || parameter.name.ends_with("down_proj.weight");
     let std = if writes {
         STD / ((2 * layers) as f64).sqrt()
     } else {

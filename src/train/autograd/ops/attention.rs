@@ -321,26 +321,36 @@ mod tests {
         let half = heads.size / 2;
         let table = Tensor::from_slice(&ROPE, (5, 4), &Device::Cpu).unwrap();
         let table = table.narrow(0, 0, t).unwrap();
-        let (cos, sin) = (table.narrow(1, 0, half).unwrap(), table.narrow(1, half, half).unwrap());
+        let (cos, sin) = (
+            table.narrow(1, 0, half).unwrap(),
+            table.narrow(1, half, half).unwrap(),
+        );
         let head = |index: usize| x.narrow(1, index * heads.size, heads.size).unwrap();
         let turned = |x: Tensor| {
-            let (a, b) = (x.narrow(1, 0, half).unwrap(), x.narrow(1, half, half).unwrap());
+            let (a, b) = (
+                x.narrow(1, 0, half).unwrap(),
+                x.narrow(1, half, half).unwrap(),
+            );
             let low = ((&a * &cos).unwrap() - (&b * &sin).unwrap()).unwrap();
             let high = ((&b * &cos).unwrap() + (&a * &sin).unwrap()).unwrap();
             Tensor::cat(&[low, high], 1).unwrap()
         };
-        let mask: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { -1e9 } else { 0.0 }).collect();
+        let mask: Vec<f32> = (0..t * t)
+            .map(|i| if i % t > i / t { -1e9 } else { 0.0 })
+            .collect();
         let mask = Tensor::from_vec(mask, (t, t), &Device::Cpu).unwrap();
-        let outputs: Vec<Tensor> = (0..heads.query).map(|q| {
-            let kv = q / heads.group();
-            let k = turned(head(heads.query + kv));
-            let v = head(heads.query + heads.kv + kv);
-            let scores = turned(head(q)).matmul(&k.t().unwrap()).unwrap();
-            let scores = ((scores / (heads.size as f64).sqrt()).unwrap() + &mask).unwrap();
-            let e = scores.exp().unwrap();
-            let p = e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap();
-            p.matmul(&v).unwrap()
-        }).collect();
+        let outputs: Vec<Tensor> = (0..heads.query)
+            .map(|q| {
+                let kv = q / heads.group();
+                let k = turned(head(heads.query + kv));
+                let v = head(heads.query + heads.kv + kv);
+                let scores = turned(head(q)).matmul(&k.t().unwrap()).unwrap();
+                let scores = ((scores / (heads.size as f64).sqrt()).unwrap() + &mask).unwrap();
+                let e = scores.exp().unwrap();
+                let p = e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap();
+                p.matmul(&v).unwrap()
+            })
+            .collect();
         Tensor::cat(&outputs, 1).unwrap()
     }
 
@@ -352,7 +362,8 @@ mod tests {
             let lengths = [3, 0, 1, 4];
             let op = |t: &[Tensor]| attention(&t[0], heads, Arc::from(ROPE), &lengths).unwrap();
             let composed = |t: &[Tensor]| {
-                let sequence = |at, len| composed_sequence(&t[0].narrow(0, at, len).unwrap(), heads);
+                let sequence =
+                    |at, len| composed_sequence(&t[0].narrow(0, at, len).unwrap(), heads);
                 Tensor::cat(&[sequence(0, 3), sequence(3, 1), sequence(4, 4)], 0).unwrap()
             };
             check::same_as(op, composed, &inputs, 2e-6);
@@ -362,7 +373,11 @@ mod tests {
 
     #[test]
     fn attention_when_a_sequence_is_beyond_the_table_is_an_error() {
-        let heads = Heads { query: 1, kv: 1, size: 4 };
+        let heads = Heads {
+            query: 1,
+            kv: 1,
+            size: 4,
+        };
         let qkv = check::normal(1, &[6, 12]);
         let error = attention(&qkv, heads, Arc::from(ROPE), &[6]).unwrap_err();
         assert!(error.to_string().contains("at most 5 tokens"), "{error}");

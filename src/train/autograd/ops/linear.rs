@@ -62,7 +62,12 @@ mod tests {
     fn linear_when_the_weight_is_frozen_leaves_no_gradient_of_it() {
         let (x, w) = (check::normal(1, &[2, 3]), check::normal(2, &[4, 3]));
         let frozen = w.as_detached_tensor();
-        let store = linear(&x, &frozen).unwrap().sum_all().unwrap().backward().unwrap();
+        let store = linear(&x, &frozen)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
         assert!(store.get(&x).is_some() && store.get(&frozen).is_none());
     }
 }

@@ -38,7 +38,10 @@ impl CustomOp2 for Gates {
         dgates: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (dlogits, dbias) = read2(gates, dgates, |gates, dgates| {
-            let slopes = gates.iter().zip(dgates).map(|(gate, d)| d * gate * (1.0 - gate));
+            let slopes = gates
+                .iter()
+                .zip(dgates)
+                .map(|(gate, d)| d * gate * (1.0 - gate));
             let dlogits: Vec<f32> = slopes.collect();
             let mut dbias = [0.0; 2];
             for (index, d) in dlogits.iter().enumerate() {
@@ -123,7 +126,10 @@ mod tests {
         let op = |t: &[Tensor]| gates(&t[0], &t[1]).unwrap();
         let composed = |t: &[Tensor]| {
             let logits = t[0].broadcast_add(&t[1]).unwrap();
-            (logits.neg().unwrap().exp().unwrap() + 1.0).unwrap().recip().unwrap()
+            (logits.neg().unwrap().exp().unwrap() + 1.0)
+                .unwrap()
+                .recip()
+                .unwrap()
         };
         check::same_as(op, composed, &inputs, 1e-6);
     }
@@ -135,7 +141,10 @@ mod tests {
         let composed = |t: &[Tensor]| {
             let part = |index: usize| {
                 let gate = t[1].narrow(1, index, 1).unwrap();
-                t[0].narrow(1, 3 * index, 3).unwrap().broadcast_mul(&gate).unwrap()
+                t[0].narrow(1, 3 * index, 3)
+                    .unwrap()
+                    .broadcast_mul(&gate)
+                    .unwrap()
             };
             Tensor::cat(&[part(0), part(1)], 1).unwrap()
         };

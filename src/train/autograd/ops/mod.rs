@@ -81,7 +81,10 @@ mod check {
     pub(super) fn distance(a: &Tensor, b: &Tensor) -> f32 {
         assert_eq!(a.dims(), b.dims());
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let differences = values(a).into_iter().zip(values(b)).map(|(a, b)| (a - b).abs());
+        let differences = values(a)
+            .into_iter()
+            .zip(values(b))
+            .map(|(a, b)| (a - b).abs());
         differences.fold(0.0, f32::max)
     }
 
@@ -90,8 +93,16 @@ mod check {
         let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
         let y = f(&tensors);
         let weights = normal(99, y.dims());
-        let store = (y * weights.as_detached_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
-        tensors.iter().map(|t| store.get(t).unwrap().clone()).collect()
+        let store = (y * weights.as_detached_tensor())
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        tensors
+            .iter()
+            .map(|t| store.get(t).unwrap().clone())
+            .collect()
     }
 
     /// Compares an op with a composition of candle's own ops: values and all gradients.
@@ -107,35 +118,58 @@ mod check {
         let (got, want) = (gradients(op, inputs), gradients(composed, inputs));
         for (index, (got, want)) in got.iter().zip(&want).enumerate() {
             let difference = distance(got, want);
-            assert!(difference <= tolerance, "gradient {index} differs by {difference}");
+            assert!(
+                difference <= tolerance,
+                "gradient {index} differs by {difference}"
+            );
         }
     }
 
     /// Compares the gradients of an op with central differences along each axis of its inputs.
-    pub(super) fn finite_differences(f: impl Fn(&[Tensor]) -> Tensor, inputs: &[Var], tolerance: f32) {
+    pub(super) fn finite_differences(
+        f: impl Fn(&[Tensor]) -> Tensor,
+        inputs: &[Var],
+        tolerance: f32,
+    ) {
         const STEP: f32 = 1e-2;
         let analytic = gradients(&f, inputs);
         let total = |tensors: &[Tensor]| -> f64 {
             let y = f(tensors);
-            let weights = normal(99, y.dims()).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let weights = normal(99, y.dims())
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap();
             let y = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            y.iter().zip(&weights).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum()
+            y.iter()
+                .zip(&weights)
+                .map(|(y, w)| f64::from(*y) * f64::from(*w))
+                .sum()
         };
         for (which, input) in inputs.iter().enumerate() {
             let values = input.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let gradient = analytic[which].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let gradient = analytic[which]
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap();
             for axis in 0..values.len() {
                 let moved = |by: f32| {
                     let mut values = values.clone();
                     values[axis] += by;
                     let moved = Tensor::from_vec(values, input.dims(), &Device::Cpu).unwrap();
-                    let mut tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_detached_tensor()).collect();
+                    let mut tensors: Vec<Tensor> =
+                        inputs.iter().map(|v| v.as_detached_tensor()).collect();
                     tensors[which] = moved;
                     total(&tensors)
                 };
                 let slope = ((moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP)) as f32;
                 let error = (slope - gradient[axis]).abs() / slope.abs().max(1.0);
-                assert!(error <= tolerance, "input {which}, axis {axis}: {slope} and {}", gradient[axis]);
+                assert!(
+                    error <= tolerance,
+                    "input {which}, axis {axis}: {slope} and {}",
+                    gradient[axis]
+                );
             }
         }
     }

@@ -81,7 +81,9 @@ impl CustomOp2 for RmsNorm {
         let backward = |x: &[f32], w: &[f32], dy: &[f32]| self.backward(x, w, dy, wants_dx);
         let (dx, dw) = read3(x, w, dy, backward)?;
         let dx = wants_dx.then(|| Tensor::from_vec(dx, x.shape(), x.device()));
-        let dw = w.track_op().then(|| Tensor::from_vec(dw, w.shape(), w.device()));
+        let dw = w
+            .track_op()
+            .then(|| Tensor::from_vec(dw, w.shape(), w.device()));
         Ok((dx.transpose()?, dw.transpose()?))
     }
 }
@@ -100,7 +102,10 @@ mod tests {
         let composed = |t: &[Tensor]| {
             let mean = t[0].sqr().unwrap().mean_keepdim(1).unwrap();
             let root = (mean + 1e-5).unwrap().sqrt().unwrap();
-            t[0].broadcast_div(&root).unwrap().broadcast_mul(&t[1]).unwrap()
+            t[0].broadcast_div(&root)
+                .unwrap()
+                .broadcast_mul(&t[1])
+                .unwrap()
         };
         check::same_as(op, composed, &inputs, 2e-6);
         check::finite_differences(op, &inputs, 2e-3);

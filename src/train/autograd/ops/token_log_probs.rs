@@ -7,7 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 
 use super::math::{exp_row, max, scale};
-use super::{numbers, output, read};
+use super::{output, read};
 
 /// For each row whether its target has the largest logit; filled by the forward pass.
 #[derive(Clone, Default)]
