@@ -12,3 +12,4 @@ mod http;
 mod ops;
 mod simulation;
 mod text;
+mod train;
