@@ -36,6 +36,9 @@ impl From<candle_core::Error> for TrainError {
     }
 }
 
+/// A tensor as files hold it: name, row-major axes, numbers.
+pub type NamedTensor = (String, Vec<usize>, Vec<f32>);
+
 /// sum(slopes * values), whose gradient is `slopes`: losses are worked out in f64 outside the graph, which only needs to know how
 /// they move with each of its results.
 fn weighted_sum(values: &Tensor, slopes: &[f64]) -> candle_core::Result<Tensor> {

@@ -12,7 +12,7 @@ use super::fold::{self, GATE_TENSORS, Gate};
 use super::llama::{Gating, Mixture, RoutedLayer};
 use super::ops::read;
 use super::preference::{Anchor, BETA_DPO, Loss, PairBatch, delta};
-use super::weighted_sum;
+use super::{NamedTensor, weighted_sum};
 use crate::checkpoint::{self, ExpertLayer};
 use crate::train::{Gradients, Objective, Pair, Parameter, Totals, TrainError};
 use crate::types::TokenId;
@@ -121,7 +121,7 @@ impl Router {
         base: Arc<Base>,
         safety: &checkpoint::Expert,
         helpfulness: &checkpoint::Expert,
-        tensors: &[(String, Vec<usize>, Vec<f32>)],
+        tensors: &[NamedTensor],
         options: RouterOptions,
     ) -> Result<Self, TrainError> {
         let first = tensors
@@ -140,7 +140,7 @@ impl Router {
     }
 
     /// Names, shapes and numbers of `router.safetensors`.
-    pub fn export(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    pub fn export(&self) -> Vec<NamedTensor> {
         let named = self.parameters.iter().zip(&self.values);
         named
             .map(|(parameter, values)| {

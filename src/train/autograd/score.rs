@@ -11,8 +11,8 @@ use super::blocks::{Block, Blocks};
 use super::llama::{Llama, Mixture, Shape};
 use super::ops::{linear, read};
 use super::preference::{sigmoid, softplus};
-use super::weighted_sum;
 use super::weights::{Weights, matrix, vector};
+use super::{NamedTensor, weighted_sum};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{Gradients, Objective, Parameter, ScorePair, Sequence, Totals, TrainError};
 
@@ -127,7 +127,7 @@ impl ScoreModel {
     ///
     /// # Errors
     /// [`TrainError::Engine`] where the engine fails.
-    pub fn export(&self) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>, TrainError> {
+    pub fn export(&self) -> Result<Vec<NamedTensor>, TrainError> {
         let values = self.blocks.values()?.into_iter();
         let named = self.blocks.parameters().iter().zip(values);
         Ok(named

@@ -9,8 +9,8 @@ use super::batch::{Batch, Last, in_chunks};
 use super::blocks::Blocks;
 use super::llama::{Llama, Mixture, Shape};
 use super::ops::{Hits, read};
-use super::weighted_sum;
 use super::weights::Weights;
+use super::{NamedTensor, weighted_sum};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{Gradients, Objective, Parameter, Sequence, Totals, TrainError};
 use crate::types::TokenId;
@@ -78,7 +78,7 @@ impl Sft {
     ///
     /// # Errors
     /// [`TrainError::Engine`] where the engine fails.
-    pub fn export(&self) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>, TrainError> {
+    pub fn export(&self) -> Result<Vec<NamedTensor>, TrainError> {
         let values = self.blocks.values()?.into_iter();
         let named = self.blocks.parameters().iter().zip(values);
         Ok(named

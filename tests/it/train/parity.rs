@@ -72,7 +72,7 @@ fn router() -> Router {
 fn check_deltas<O: Objective<Item = Pair>>(
     part: &str,
     objective: &O,
-    references: &dyn Fn(&[&Pair]) -> Vec<(f32, f32)>,
+    references: impl Fn(&[&Pair]) -> Vec<(f32, f32)>,
 ) -> Gradients {
     let ours = &golden()[part]["ours_f64"];
     let pairs = pairs(part);
@@ -111,7 +111,7 @@ fn check_deltas<O: Objective<Item = Pair>>(
 fn experts_losses_and_gradients_are_the_goldens() {
     for part in ["safety", "helpfulness"] {
         let expert = expert(part);
-        let got = check_deltas(part, &expert, &|pairs| {
+        let got = check_deltas(part, &expert, |pairs| {
             expert.reference_logps(pairs).unwrap()
         });
         let want = golden()[part]["ours_f64"]["loss_mean"].as_f64().unwrap();
@@ -127,7 +127,7 @@ fn experts_losses_and_gradients_are_the_goldens() {
 #[test]
 fn routers_loss_its_parts_and_gradients_are_the_goldens() {
     let router = router();
-    let got = check_deltas("router", &router, &|pairs| {
+    let got = check_deltas("router", &router, |pairs| {
         router.reference_logps(pairs).unwrap()
     });
     let ours = &golden()["router"]["ours_f64"];
