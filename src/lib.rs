@@ -49,9 +49,9 @@
 //! | prometheus | metrics |
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |
-//! | candle_core, rayon | train |
+//! | ndarray, pulp, rayon | train |
 //! | plotters | plot |
-//! | candle_nn, candle_transformers, proptest | tests |
+//! | candle_core, candle_nn, candle_transformers, proptest | tests |
 //!
 //! # Unsafe
 //! `unsafe` is allowed in `backend/cpu` and `checkpoint/mmap.rs`, and nowhere else.

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
 use super::batch::{Batch, Last};
-use super::llama::{Hidden, Llama, Mixture, Shape};
-use super::ops::{linear, read};
-use super::preference::{self, PairBatch};
+use super::blocks::Blocks;
+use super::llama::{Keep, Llama, Shape, rows_of};
+use super::mixture::Mixture;
+use super::ops::linear;
+use super::preference::{Anchor, PairBatch};
 use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{Pair, Sequence, TrainError};
@@ -15,9 +15,9 @@ use crate::types::TokenId;
 
 /// A base of which nothing is trained.
 pub struct Base {
-    pub(super) llama: Llama,
-    /// (vocabulary, d).
-    pub(super) head: Tensor,
+    shape: Arc<Shape>,
+    /// The trunk and, where it is not the embedding, the head.
+    blocks: Blocks,
 }
 
 /// What a forward pass over one sequence gives at every position.
@@ -37,20 +37,27 @@ impl Base {
     pub fn new(checkpoint: &Checkpoint) -> Result<Arc<Self>, TrainError> {
         let shape = Shape::new(checkpoint.config.clone());
         let weights = Weights::of(checkpoint);
-        let blocks = weights.trunk(&shape.config)?;
-        let tensors: Result<Vec<Tensor>, TrainError> =
-            blocks.into_iter().map(|block| block.frozen()).collect();
-        let llama = Llama::take(&shape, &mut tensors?.into_iter()).ok_or_else(incomplete)?;
-        let head = match weights.head(&shape.config)? {
-            Some(head) => head.frozen()?,
-            None => llama.embedding.clone(),
-        };
-        Ok(Arc::new(Self { llama, head }))
+        let mut blocks = weights.trunk(&shape.config)?;
+        blocks.extend(weights.head(&shape.config)?);
+        Ok(Arc::new(Self {
+            shape,
+            blocks: Blocks::new(blocks),
+        }))
+    }
+
+    /// Its trunk.
+    pub(super) fn llama(&self) -> Llama<'_> {
+        Llama::new(&self.shape, self.blocks.blocks())
+    }
+
+    /// (vocabulary, d).
+    pub(super) fn head(&self) -> &[f32] {
+        head(&self.llama(), self.blocks.blocks())
     }
 
     /// Shape and constants.
     pub fn config(&self) -> &LlamaConfig {
-        &self.llama.shape.config
+        &self.shape.config
     }
 
     /// Logits of one sequence.
@@ -65,9 +72,9 @@ impl Base {
     pub(super) fn positions_of(
         &self,
         ids: &[TokenId],
-        mixture: &Mixture,
+        mixture: &Mixture<'_>,
     ) -> Result<Positions, TrainError> {
-        positions(&self.llama, &self.head, ids, mixture)
+        positions(&self.llama(), self.head(), ids, mixture)
     }
 
     /// Summed log-probabilities of (better, worse) of each pair under pi_ref.
@@ -78,38 +85,34 @@ impl Base {
         let mut sums = Vec::with_capacity(pairs.len());
         // A pair at a time: it runs once, and memory stays that of one.
         for pair in pairs {
-            let batch =
-                PairBatch::new(&[pair], preference::Anchor::None, Last::Drop, self.config())?;
-            let log_probs = self.log_probs(batch.batch, &Mixture::Base)?;
+            let batch = PairBatch::new(&[pair], Anchor::None, Last::Drop, self.config())?;
+            let log_probs = self.log_probs(&batch.batch, &Mixture::Base);
             let sums_of = batch.spans.iter().map(|span| span.sums(&log_probs));
             sums.extend(sums_of.map(|(better, worse)| (better as f32, worse as f32)));
         }
         Ok(sums)
     }
 
-    /// log p of each of the batch's targets, without a graph unless the mixture is trained.
-    pub(super) fn log_probs(
-        &self,
-        batch: Batch,
-        mixture: &Mixture,
-    ) -> Result<Vec<f32>, TrainError> {
-        let hidden = self.forward(&batch, mixture)?;
-        let log_probs = batch.log_probs(&self.llama, &self.head, &hidden, None)?;
-        Ok(read(&log_probs, <[f32]>::to_vec)?)
+    /// log p of each of the batch's targets.
+    pub(super) fn log_probs(&self, batch: &Batch, mixture: &Mixture<'_>) -> Vec<f32> {
+        let llama = self.llama();
+        let hidden = llama.forward(batch, mixture, Keep::Nothing);
+        llama.predict(batch, &hidden, self.head()).tokens.log_probs
     }
+}
 
-    /// The trunk with experts.
-    pub(super) fn forward(&self, batch: &Batch, mixture: &Mixture) -> Result<Hidden, TrainError> {
-        Ok(self.llama.forward(&batch.ids, &batch.lengths, mixture)?)
-    }
+/// What follows the trunk's blocks; else the embedding.
+pub(super) fn head<'a>(llama: &Llama<'a>, blocks: &'a [Vec<f32>]) -> &'a [f32] {
+    let head = blocks.get(Llama::count(&llama.shape.config));
+    head.map_or(llama.embedding(), |head| head)
 }
 
 /// Logits and gates of one sequence at every position.
 pub(super) fn positions(
-    llama: &Llama,
-    head: &Tensor,
+    llama: &Llama<'_>,
+    head: &[f32],
     ids: &[TokenId],
-    mixture: &Mixture,
+    mixture: &Mixture<'_>,
 ) -> Result<Positions, TrainError> {
     let sequence = Sequence {
         ids: ids.to_vec(),
@@ -117,24 +120,22 @@ pub(super) fn positions(
     };
     let mut batch = Batch::default();
     batch.push(&sequence, ids.len(), Last::Keep, &llama.shape.config)?;
-    let hidden = llama.forward(&batch.ids, &batch.lengths, mixture)?;
-    let x = llama.normed_rows(&hidden.x, (0..ids.len()).collect())?;
-    let logits = read(&linear(&x, head)?, <[f32]>::to_vec)?;
-    let mut gates = vec![0.0; ids.len() * 2 * hidden.gates.len()];
-    let width = (2 * hidden.gates.len()).max(1);
-    for (layer, layer_gates) in hidden.gates.iter().enumerate() {
-        read(layer_gates, |values| {
-            for (row, pair) in gates.chunks_exact_mut(width).zip(values.chunks_exact(2)) {
-                for (gate, value) in row.iter_mut().skip(2 * layer).zip(pair) {
-                    *gate = *value;
-                }
+    let hidden = llama.forward(&batch, mixture, Keep::Nothing);
+    let d = llama.shape.config.hidden_size;
+    let rows: Vec<usize> = (0..ids.len()).collect();
+    let x = llama.norm().forward(&rows_of(&hidden.x, d, &rows));
+    let layers = hidden.gates.len();
+    let mut gates = vec![0.0; ids.len() * 2 * layers];
+    for (layer, values) in hidden.gates.iter().enumerate() {
+        let rows = gates.chunks_exact_mut((2 * layers).max(1));
+        for (row, pair) in rows.zip(values.chunks_exact(2)) {
+            for (gate, value) in row.iter_mut().skip(2 * layer).zip(pair) {
+                *gate = *value;
             }
-        })?;
+        }
     }
-    Ok(Positions { logits, gates })
-}
-
-/// Cannot happen: the blocks of a trunk were made for its configuration.
-pub(super) fn incomplete() -> TrainError {
-    TrainError::Engine("expected all tensors of a trunk".to_owned())
+    Ok(Positions {
+        logits: linear(&x, head, d),
+        gates,
+    })
 }

@@ -2,14 +2,10 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
-
-use super::llama::{Hidden, Llama};
-use super::ops::{self, Hits};
 use crate::checkpoint::LlamaConfig;
-use crate::train::{Gradients, Sequence, TrainError};
+use crate::train::{Sequence, TrainError};
 
-/// Most tokens of one graph (one item may have more). A larger part of a batch is computed in several: what a layer's activations
+/// Most tokens of one pass (one item may have more). A larger part of a batch is computed in several: what a layer's activations
 /// need stays within the cache of a core, and memory does not grow with the batch.
 pub(super) const CHUNK_TOKENS: usize = 1024;
 
@@ -63,18 +59,6 @@ impl Batch {
             .extend((from..sequence.ids.len()).map(|position| start + position - 1));
         Ok(first..self.rows.len())
     }
-
-    /// log p of each target, (rows).
-    pub(super) fn log_probs(
-        self,
-        llama: &Llama,
-        head: &Tensor,
-        hidden: &Hidden,
-        hits: Option<Hits>,
-    ) -> candle_core::Result<Tensor> {
-        let x = llama.normed_rows(&hidden.x, self.rows)?;
-        ops::token_log_probs(&x, head, self.targets, hits)
-    }
 }
 
 /// What a forward pass relies on.
@@ -98,44 +82,21 @@ pub(super) fn check(sequence: &Sequence, config: &LlamaConfig) -> Result<(), Tra
     Err(TrainError::Engine(reason))
 }
 
-/// Runs `items` in chunks of about [`CHUNK_TOKENS`] and adds their shares up. `watched` names what every chunk watches, in its order.
-pub(super) fn in_chunks<T>(
-    items: &[&T],
-    watched: &[&'static str],
+/// Splits `items` where about [`CHUNK_TOKENS`] tokens are full, at least one item each.
+pub(super) fn chunks<'a, T>(
+    items: &'a [&'a T],
     tokens: impl Fn(&T) -> usize,
-    mut run: impl FnMut(&[&T]) -> Result<Gradients, TrainError>,
-) -> Result<Gradients, TrainError> {
-    let mut total = Gradients {
-        values: Vec::new(),
-        loss: 0.0,
-        watched: watched.iter().map(|name| (*name, 0.0)).collect(),
-    };
+) -> impl Iterator<Item = &'a [&'a T]> {
     let mut rest = items;
-    while !rest.is_empty() {
+    std::iter::from_fn(move || {
         let mut sum = 0;
         let fits = rest.iter().take_while(|item| {
             sum += tokens(item);
             sum <= CHUNK_TOKENS
         });
-        let (chunk, others) = rest.split_at(fits.count().max(1));
-        add(&mut total, run(chunk)?);
+        let count = fits.count().max(1).min(rest.len());
+        let (chunk, others) = rest.split_at(count);
         rest = others;
-    }
-    Ok(total)
-}
-
-fn add(total: &mut Gradients, share: Gradients) {
-    total.loss += share.loss;
-    for (sum, (_, value)) in total.watched.iter_mut().zip(share.watched) {
-        sum.1 += value;
-    }
-    if total.values.is_empty() {
-        total.values = share.values;
-        return;
-    }
-    for (sums, values) in total.values.iter_mut().zip(share.values) {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += value;
-        }
-    }
+        (count > 0).then_some(chunk)
+    })
 }

@@ -1,51 +1,35 @@
-//! Trained tensors. Matrices that a forward pass multiplies at once (q, k, v; gate, up) are one variable, a block; outside each is
-//! a parameter of its own. Invariant: a block is its parameters' numbers end to end.
+//! Tensors in the shapes in which a forward pass reads them. Matrices that it multiplies at once (q, k, v; gate, up) are one block;
+//! outside each is a parameter of its own. Invariant: a block is its parameters' numbers end to end.
 
-use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
-
-use super::ops::read;
+use super::NamedTensor;
 use crate::train::{Parameter, TrainError};
 
-/// Numbers of a block before it is a tensor.
+/// Numbers of a block, and what it consists of.
 pub(super) struct Block {
-    /// Row-major axes.
-    pub shape: Vec<usize>,
-    /// Its numbers.
+    /// Row-major.
     pub values: Vec<f32>,
-    /// What it consists of, in order.
+    /// In order.
     pub parts: Vec<Parameter>,
 }
 
-impl Block {
-    /// Not trained.
-    pub(super) fn frozen(self) -> Result<Tensor, TrainError> {
-        Ok(Tensor::from_vec(self.values, self.shape, &Device::Cpu)?)
-    }
-}
-
-/// All that an objective trains.
+/// Blocks in order, trained or frozen.
+#[derive(Default)]
 pub(super) struct Blocks {
-    variables: Vec<Var>,
-    /// Parameters of each variable.
+    values: Vec<Vec<f32>>,
+    /// Parameters of each block.
     counts: Vec<usize>,
     parameters: Vec<Parameter>,
 }
 
 impl Blocks {
-    /// Makes variables of them.
-    pub(super) fn new(blocks: Vec<Block>) -> Result<Self, TrainError> {
-        let (mut variables, mut counts, mut parameters) = (Vec::new(), Vec::new(), Vec::new());
+    pub(super) fn new(blocks: Vec<Block>) -> Self {
+        let mut joined = Self::default();
         for block in blocks {
-            variables.push(Var::from_vec(block.values, block.shape, &Device::Cpu)?);
-            counts.push(block.parts.len());
-            parameters.extend(block.parts);
+            joined.values.push(block.values);
+            joined.counts.push(block.parts.len());
+            joined.parameters.extend(block.parts);
         }
-        Ok(Self {
-            variables,
-            counts,
-            parameters,
-        })
+        joined
     }
 
     /// In order.
@@ -53,65 +37,61 @@ impl Blocks {
         &self.parameters
     }
 
-    /// The blocks for a forward pass; with `tracked` one that a backward pass follows.
-    pub(super) fn tensors(&self, tracked: bool) -> Vec<Tensor> {
-        let tensor = |variable: &Var| {
-            if tracked {
-                variable.as_tensor().clone()
-            } else {
-                variable.as_detached_tensor()
-            }
-        };
-        self.variables.iter().map(tensor).collect()
+    /// Each block's numbers.
+    pub(super) fn blocks(&self) -> &[Vec<f32>] {
+        &self.values
+    }
+
+    /// What gradients are added up in: zeros in the blocks' shapes.
+    pub(super) fn zeros(&self) -> Vec<Vec<f32>> {
+        self.values
+            .iter()
+            .map(|block| vec![0.0; block.len()])
+            .collect()
     }
 
     /// One a parameter.
-    pub(super) fn values(&self) -> Result<Vec<Vec<f32>>, TrainError> {
-        let tensors = self.variables.iter().map(Var::as_tensor);
-        self.split(tensors.map(Some))
+    pub(super) fn values(&self) -> Vec<Vec<f32>> {
+        self.split(self.values.clone())
     }
 
-    /// One a parameter; zeros where nothing depended on it.
-    pub(super) fn gradients(&self, store: &GradStore) -> Result<Vec<Vec<f32>>, TrainError> {
-        self.split(self.variables.iter().map(|variable| store.get(variable)))
+    /// Names, shapes and numbers.
+    pub(super) fn named(&self) -> Vec<NamedTensor> {
+        let named = self.parameters.iter().zip(self.values());
+        named
+            .map(|(parameter, values)| (parameter.name.clone(), parameter.shape.clone(), values))
+            .collect()
     }
 
-    fn split<'a>(
-        &self,
-        tensors: impl Iterator<Item = Option<&'a Tensor>>,
-    ) -> Result<Vec<Vec<f32>>, TrainError> {
+    /// Blocks to parameters.
+    pub(super) fn split(&self, blocks: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
         let mut parameters = self.parameters.iter();
         let mut values = Vec::with_capacity(self.parameters.len());
-        for (tensor, count) in tensors.zip(&self.counts) {
-            let sizes = parameters.by_ref().take(*count).map(size);
-            match tensor {
-                None => values.extend(sizes.map(|size| vec![0.0; size])),
-                Some(tensor) => read(tensor, |mut rest| {
-                    for size in sizes {
-                        let (part, others) = rest.split_at(size.min(rest.len()));
-                        values.push(part.to_vec());
-                        rest = others;
-                    }
-                })?,
+        for (mut block, count) in blocks.into_iter().zip(&self.counts) {
+            for parameter in parameters.by_ref().take(*count) {
+                let rest = block.split_off(size(parameter).min(block.len()));
+                values.push(std::mem::replace(&mut block, rest));
             }
         }
-        Ok(values)
+        values
     }
 
     /// Replaces all values.
     pub(super) fn set_values(&mut self, values: &[Vec<f32>]) -> Result<(), TrainError> {
         check(&self.parameters, values)?;
         let mut rest = values.iter();
-        for (variable, count) in self.variables.iter_mut().zip(&self.counts) {
-            let joined: Vec<f32> = rest.by_ref().take(*count).flatten().copied().collect();
-            *variable = Var::from_vec(joined, variable.shape(), &Device::Cpu)?;
+        for (block, count) in self.values.iter_mut().zip(&self.counts) {
+            block.clear();
+            for values in rest.by_ref().take(*count) {
+                block.extend_from_slice(values);
+            }
         }
         Ok(())
     }
 }
 
 /// Numbers of a parameter.
-pub(super) fn size(parameter: &Parameter) -> usize {
+fn size(parameter: &Parameter) -> usize {
     parameter.shape.iter().product()
 }
 

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::base::{Base, Positions};
-use super::batch::{Last, in_chunks};
-use super::blocks::{Block, Blocks};
-use super::llama::Mixture;
-use super::ops::read;
+use super::batch::{Last, chunks};
+use super::blocks::{Block, Blocks, check_one};
+use super::llama::{Keep, PassGradients};
+use super::mixture::Mixture;
 use super::preference::{Anchor, BETA_DPO, Loss, PairBatch};
-use super::weighted_sum;
+use super::shares::Shares;
 use super::weights::{matrix, name_hash};
 use crate::checkpoint;
 use crate::random::SplitMix64;
@@ -108,9 +108,8 @@ impl Expert {
                     &layer.lora_b,
                 ),
             ] {
-                super::blocks::check_one(&parameter, values)?;
+                check_one(&parameter, values)?;
                 blocks.push(Block {
-                    shape: parameter.shape.clone(),
                     values: values.clone(),
                     parts: vec![parameter],
                 });
@@ -118,7 +117,7 @@ impl Expert {
         }
         Ok(Self {
             base,
-            blocks: Blocks::new(blocks)?,
+            blocks: Blocks::new(blocks),
             scale: expert.scale,
             options: ExpertOptions {
                 rank: expert.rank,
@@ -128,20 +127,17 @@ impl Expert {
     }
 
     /// As serving takes it.
-    ///
-    /// # Errors
-    /// [`TrainError::Engine`] where the engine fails.
-    pub fn export(&self) -> Result<checkpoint::Expert, TrainError> {
-        let mut values = self.blocks.values()?.into_iter();
+    pub fn export(&self) -> checkpoint::Expert {
+        let mut values = self.blocks.values().into_iter();
         let mut layers = Vec::new();
         while let (Some(lora_a), Some(lora_b)) = (values.next(), values.next()) {
             layers.push(checkpoint::ExpertLayer { lora_a, lora_b });
         }
-        Ok(checkpoint::Expert {
+        checkpoint::Expert {
             rank: self.options.rank,
             scale: self.scale,
             layers,
-        })
+        }
     }
 
     /// Summed log-probabilities of (better, worse) of each pair under pi_ref, the base: for [`Pair::reference`].
@@ -157,22 +153,18 @@ impl Expert {
     /// # Errors
     /// [`TrainError::Engine`] for a sequence that is empty, too long or not of this vocabulary.
     pub fn positions(&self, ids: &[TokenId]) -> Result<Positions, TrainError> {
-        self.base.positions_of(ids, &self.mixture(false))
+        self.base.positions_of(ids, &self.mixture())
     }
 
-    fn mixture(&self, tracked: bool) -> Mixture {
-        let mut tensors = self.blocks.tensors(tracked).into_iter();
-        let mut layers = Vec::new();
-        while let (Some(a), Some(b)) = (tensors.next(), tensors.next()) {
-            layers.push((a, b));
-        }
+    fn mixture(&self) -> Mixture<'_> {
         Mixture::Expert {
-            layers,
-            scale: f64::from(self.scale),
+            blocks: self.blocks.blocks(),
+            rank: self.options.rank,
+            scale: self.scale,
         }
     }
 
-    fn run(&self, pairs: &[&Pair], totals: Totals, tracked: bool) -> Result<Gradients, TrainError> {
+    fn run(&self, pairs: &[&Pair], totals: Totals, shares: &mut Shares) -> Result<(), TrainError> {
         let references = references(&self.base, pairs)?;
         let anchor = if self.options.anchor > 0.0 {
             Anchor::Answer
@@ -181,45 +173,44 @@ impl Expert {
         };
         let PairBatch { batch, spans } =
             PairBatch::new(pairs, anchor, Last::Drop, self.base.config())?;
-        let hidden = self.base.forward(&batch, &self.mixture(tracked))?;
-        let log_probs = batch.log_probs(&self.base.llama, &self.base.head, &hidden, None)?;
+        let (llama, head, mixture) = (self.base.llama(), self.base.head(), self.mixture());
+        let hidden = llama.forward(&batch, &mixture, shares.keep());
+        let predicted = llama.predict(&batch, &hidden, head);
         let loss = Loss {
             beta_dpo: f64::from(self.options.beta_dpo),
             anchor: f64::from(self.options.anchor),
         };
         let margins = pairs.iter().map(|pair| pair.margin);
-        let sums = read(&log_probs, |log_probs| {
-            loss.of(log_probs, &spans, &references, margins.clone())
-        })?;
+        let margin: f64 = margins.clone().map(f64::from).sum();
+        let sums = loss.of(&predicted.tokens.log_probs, &spans, &references, margins);
         let items = totals.items as f64;
-        let values = if tracked {
-            let slopes: Vec<f64> = sums.slopes.iter().map(|slope| slope / items).collect();
-            let store = weighted_sum(&log_probs, &slopes)?.backward()?;
-            self.blocks.gradients(&store)?
-        } else {
-            Vec::new()
-        };
-        let margin: f64 = margins.map(f64::from).sum();
-        let watched = [sums.delta, margin, sums.right];
-        Ok(Gradients {
-            values,
-            loss: sums.loss / items,
-            watched: WATCHED
-                .into_iter()
-                .zip(watched.map(|sum| sum / items))
-                .collect(),
-        })
+        shares.loss += sums.loss / items;
+        for (index, sum) in [sums.delta, margin, sums.right].into_iter().enumerate() {
+            shares.watch(index, sum / items);
+        }
+        if shares.keep() == Keep::All {
+            let slopes: Vec<f32> = sums
+                .slopes
+                .iter()
+                .map(|slope| (slope / items) as f32)
+                .collect();
+            let dx = llama.predict_backward(predicted, &hidden, head, &slopes, None, None);
+            let gradients = PassGradients {
+                trunk: None,
+                mixture: &mut shares.blocks,
+                gate_slopes: [0.0; 2],
+            };
+            llama.backward(&batch, hidden, &mixture, dx, gradients);
+        }
+        Ok(())
     }
 
-    fn shares(
-        &self,
-        items: &[&Pair],
-        batch: Totals,
-        tracked: bool,
-    ) -> Result<Gradients, TrainError> {
-        in_chunks(items, &WATCHED, tokens, |chunk| {
-            self.run(chunk, batch, tracked)
-        })
+    fn shares(&self, items: &[&Pair], totals: Totals, keep: Keep) -> Result<Gradients, TrainError> {
+        let mut shares = Shares::new(&self.blocks, &WATCHED, keep);
+        for chunk in chunks(items, tokens) {
+            self.run(chunk, totals, &mut shares)?;
+        }
+        Ok(shares.finish(&self.blocks))
     }
 }
 
@@ -255,7 +246,7 @@ impl Objective for Expert {
     }
 
     fn values(&self) -> Result<Vec<Vec<f32>>, TrainError> {
-        self.blocks.values()
+        Ok(self.blocks.values())
     }
 
     fn set_values(&mut self, values: &[Vec<f32>]) -> Result<(), TrainError> {
@@ -272,10 +263,10 @@ impl Objective for Expert {
     }
 
     fn gradients(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, true)
+        self.shares(items, batch, Keep::All)
     }
 
     fn evaluate(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, false)
+        self.shares(items, batch, Keep::Nothing)
     }
 }

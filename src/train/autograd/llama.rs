@@ -1,10 +1,11 @@
-//! The forward pass of a Llama over sequences laid end to end, without padding, with whatever is mixed into its MLPs.
+//! A Llama over sequences laid end to end, without padding: forward, and back to whatever is trained.
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
-
-use super::ops::{self, Heads};
+use super::batch::Batch;
+use super::layer::{Axes, BackGradients, KeptLayer, LAYER_BLOCKS, Layer, Way};
+use super::mixture::{Mixture, MixtureGradient};
+use super::ops::{Attention, Heads, RmsNorm, TokenLogProbs, add_scaled, token_log_probs};
 use crate::checkpoint::{LlamaConfig, rope_table};
 
 /// What all models of a configuration share.
@@ -12,189 +13,256 @@ pub(super) struct Shape {
     /// As in the checkpoint.
     pub config: LlamaConfig,
     /// (positions, head_dim).
-    rope: Arc<[f32]>,
+    rope: Vec<f32>,
 }
 
 impl Shape {
     /// Positions as the model was made for, so that stretched tables are those that it is served with.
     pub(super) fn new(config: LlamaConfig) -> Arc<Self> {
-        let rope = Arc::from(rope_table(&config, config.max_position_embeddings));
+        let rope = rope_table(&config, config.max_position_embeddings);
         Arc::new(Self { config, rope })
     }
 
-    fn heads(&self) -> Heads {
-        Heads {
-            query: self.config.num_heads,
-            kv: self.config.num_kv_heads,
-            size: self.config.head_dim,
+    fn attention<'a>(&'a self, lengths: &'a [usize]) -> Attention<'a> {
+        Attention {
+            heads: Heads {
+                query: self.config.num_heads,
+                kv: self.config.num_kv_heads,
+                size: self.config.head_dim,
+            },
+            rope: &self.rope,
+            lengths,
+        }
+    }
+
+    fn axes(&self) -> Axes {
+        Axes {
+            d: self.config.hidden_size,
+            m: self.config.intermediate_size,
         }
     }
 }
 
-/// Weights of a trunk. Those that are variables are trained; cloning copies none.
-#[derive(Clone)]
-pub(super) struct Llama {
+/// Weights of a trunk, as [`super::weights::Weights::trunk`] orders its blocks: embedding, layers, last norm. What follows (a head)
+/// is the caller's.
+#[derive(Clone, Copy)]
+pub(super) struct Llama<'a> {
     /// Configuration and rope.
-    pub shape: Arc<Shape>,
-    /// (vocabulary, d).
-    pub embedding: Tensor,
-    /// One a layer.
-    pub layers: Vec<Layer>,
-    /// (d).
-    pub norm: Tensor,
+    pub shape: &'a Shape,
+    blocks: &'a [Vec<f32>],
 }
 
-/// Weights of a layer.
-#[derive(Clone)]
-pub(super) struct Layer {
-    qkv: Tensor,
-    output: Tensor,
-    gate_up: Tensor,
-    /// (d, m).
-    pub down: Tensor,
-    input_norm: Tensor,
-    mlp_norm: Tensor,
-}
-
-/// What is added to `W_down h`.
-pub(super) enum Mixture {
-    /// Nothing.
-    Base,
-    /// s B A h of one expert, its gate 1.
-    Expert {
-        /// (A (r, m), B (d, r)), one a layer.
-        layers: Vec<(Tensor, Tensor)>,
-        /// s.
-        scale: f64,
-    },
-    /// Both experts, each weighed by its gate.
-    Routed(Vec<RoutedLayer>),
-}
-
-/// Both experts of a layer and their gates.
-pub(super) struct RoutedLayer {
-    /// [A_s ; A_h]: (2r, m).
-    pub low: Tensor,
-    /// [s B_s | s B_h]: (d, 2r).
-    pub high: Tensor,
-    /// Where the gates come from.
-    pub gating: Gating,
-}
-
-/// Where gates come from.
-pub(super) enum Gating {
-    /// The folded router: weight (2, m), bias (2).
-    Learned {
-        /// a and b.
-        weight: Tensor,
-        /// a0 and b0.
-        bias: Tensor,
-    },
-    /// The same for every token: alpha, beta.
-    Fixed([f32; 2]),
-}
+/// Gradients of a trunk's blocks; the same order.
+pub(super) type TrunkGradients<'a> = Option<&'a mut [Vec<f32>]>;
 
 /// What a forward pass leaves.
 pub(super) struct Hidden {
     /// (n, d): the residual stream before the last norm.
-    pub x: Tensor,
-    /// (n, 2) a layer; empty where there is no router.
-    pub gates: Vec<Tensor>,
+    pub x: Vec<f32>,
+    /// Alpha and beta of every token, (n, 2) a layer; none without a router.
+    pub gates: Vec<Vec<f32>>,
+    kept: Vec<KeptLayer>,
 }
 
-impl Llama {
-    /// Takes the tensors of `weights::Weights::trunk`, in its order; `None` when there are too few. The rest is the caller's.
-    pub(super) fn take(
-        shape: &Arc<Shape>,
-        tensors: &mut impl Iterator<Item = Tensor>,
-    ) -> Option<Self> {
-        let embedding = tensors.next()?;
-        let mut layers = Vec::with_capacity(shape.config.num_layers);
-        for _ in 0..shape.config.num_layers {
-            layers.push(Layer {
-                qkv: tensors.next()?,
-                output: tensors.next()?,
-                gate_up: tensors.next()?,
-                down: tensors.next()?,
-                input_norm: tensors.next()?,
-                mlp_norm: tensors.next()?,
-            });
-        }
-        Some(Self {
-            shape: Arc::clone(shape),
-            embedding,
-            layers,
-            norm: tensors.next()?,
-        })
+/// Whether a pass back follows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// It needs what was computed on the way there.
+    All,
+    /// None follows.
+    Nothing,
+}
+
+/// Rows whose log-probabilities were taken.
+pub(super) struct Predicted {
+    /// What the head said.
+    pub tokens: TokenLogProbs,
+    rows: Vec<usize>,
+    /// (rows, d): before and after the last norm.
+    chosen: Vec<f32>,
+    normed: Vec<f32>,
+}
+
+impl<'a> Llama<'a> {
+    pub(super) fn new(shape: &'a Shape, blocks: &'a [Vec<f32>]) -> Self {
+        Self { shape, blocks }
     }
 
-    /// Sequences of `lengths` tokens, their `ids` end to end.
-    pub(super) fn forward(
-        &self,
-        ids: &[usize],
-        lengths: &[usize],
-        mixture: &Mixture,
-    ) -> Result<Hidden> {
+    /// Blocks of the trunk.
+    pub(super) fn count(config: &LlamaConfig) -> usize {
+        2 + LAYER_BLOCKS * config.num_layers
+    }
+
+    /// (vocabulary, d).
+    pub(super) fn embedding(&self) -> &'a [f32] {
+        self.blocks.first().map_or(&[], |block| block)
+    }
+
+    fn layers(&self) -> impl DoubleEndedIterator<Item = Layer<'a>> + ExactSizeIterator {
         let eps = self.shape.config.rms_norm_eps;
-        let mut x = ops::select_rows(&self.embedding, ids.to_vec())?;
-        let mut gates = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let normed = ops::rms_norm(&x, &layer.input_norm, eps)?;
-            let qkv = ops::linear(&normed, &layer.qkv)?;
-            let rope = Arc::clone(&self.shape.rope);
-            let attended = ops::attention(&qkv, self.shape.heads(), rope, lengths)?;
-            x = (x + ops::linear(&attended, &layer.output)?)?;
-            let normed = ops::rms_norm(&x, &layer.mlp_norm, eps)?;
-            let h = ops::silu_mul(&ops::linear(&normed, &layer.gate_up)?)?;
-            x = (x + ops::linear(&h, &layer.down)?)?;
-            if let Some(mixed) = mixture.layer(index, &h, &mut gates)? {
-                x = (x + mixed)?;
-            }
-        }
-        Ok(Hidden { x, gates })
+        let (layers, _) = self.blocks.get(1..).unwrap_or_default().as_chunks();
+        let layers = layers.iter().take(self.shape.config.num_layers);
+        layers.map(move |blocks| Layer::take(blocks, eps))
     }
 
-    /// The last norm of some rows.
-    pub(super) fn normed_rows(&self, x: &Tensor, rows: Vec<usize>) -> Result<Tensor> {
-        let rows = ops::select_rows(x, rows)?;
-        ops::rms_norm(&rows, &self.norm, self.shape.config.rms_norm_eps)
+    /// The last norm.
+    pub(super) fn norm(&self) -> RmsNorm<'a> {
+        let at = Self::count(&self.shape.config) - 1;
+        RmsNorm {
+            weight: self.blocks.get(at).map_or(&[], |block| block),
+            eps: self.shape.config.rms_norm_eps,
+        }
+    }
+
+    /// Sequences of `lengths` tokens, their `ids` end to end, checked by [`Batch::push`].
+    pub(super) fn forward(&self, batch: &Batch, mixture: &Mixture<'_>, keep: Keep) -> Hidden {
+        let d = self.shape.config.hidden_size;
+        let mut x = rows_of(self.embedding(), d, &batch.ids);
+        let attention = self.shape.attention(&batch.lengths);
+        let (mut gates, mut kept) = (Vec::new(), Vec::new());
+        for (index, layer) in self.layers().enumerate() {
+            let mixture = mixture.layer(index);
+            let (next, layer) = layer.forward(x, self.shape.axes(), &attention, mixture);
+            x = next;
+            gates.extend(layer.gates().map(<[f32]>::to_vec));
+            if keep == Keep::All {
+                kept.push(layer);
+            }
+        }
+        Hidden { x, gates, kept }
+    }
+
+    /// From dx (n, d) of what [`Llama::forward`] gave (with [`Keep::All`]) to the gradients of the trunk, of the mixture (two blocks a layer), or of both.
+    pub(super) fn backward(
+        &self,
+        batch: &Batch,
+        hidden: Hidden,
+        mixture: &Mixture<'_>,
+        mut dx: Vec<f32>,
+        gradients: PassGradients<'_>,
+    ) {
+        let PassGradients {
+            trunk,
+            mixture: mixture_blocks,
+            gate_slopes,
+        } = gradients;
+        let d = self.shape.config.hidden_size;
+        let (dembedding, dlayers) = trunk.and_then(<[_]>::split_first_mut).unzip();
+        let dlayers = dlayers
+            .unwrap_or_default()
+            .as_chunks_mut::<LAYER_BLOCKS>()
+            .0;
+        let mut dlayers: Vec<_> = dlayers.iter_mut().collect();
+        dlayers.truncate(self.shape.config.num_layers);
+        let mut dmixtures: Vec<_> = mixture_blocks.as_chunks_mut::<2>().0.iter_mut().collect();
+        let attention = self.shape.attention(&batch.lengths);
+        let layers = self.layers().enumerate().rev();
+        for ((index, layer), kept) in layers.zip(hidden.kept.into_iter().rev()) {
+            let weights = dlayers.pop();
+            let way = if index > 0 || weights.is_some() {
+                Way::Through
+            } else {
+                Way::Mixture
+            };
+            let gradients = BackGradients {
+                weights,
+                mixture: MixtureGradient {
+                    blocks: dmixtures.pop(),
+                    gate_slopes,
+                },
+                way,
+            };
+            let axes = self.shape.axes();
+            layer.backward(
+                kept,
+                axes,
+                &attention,
+                mixture.layer(index),
+                gradients,
+                &mut dx,
+            );
+        }
+        if let Some(dembedding) = dembedding {
+            add_rows(dembedding, d, &batch.ids, &dx);
+        }
+    }
+
+    /// Log-probabilities of the batch's targets, head (vocabulary, d).
+    pub(super) fn predict(&self, batch: &Batch, hidden: &Hidden, head: &[f32]) -> Predicted {
+        let d = self.shape.config.hidden_size;
+        let chosen = rows_of(&hidden.x, d, &batch.rows);
+        let normed = self.norm().forward(&chosen);
+        Predicted {
+            tokens: token_log_probs(&normed, head, d, batch.targets.clone()),
+            rows: batch.rows.clone(),
+            chosen,
+            normed,
+        }
+    }
+
+    /// From d loss / d log-probability to dx (n, d) for [`Llama::backward`], adding up what the head and the last norm of the trunk
+    /// move by.
+    pub(super) fn predict_backward(
+        &self,
+        predicted: Predicted,
+        hidden: &Hidden,
+        head: &[f32],
+        slopes: &[f32],
+        dhead: Option<&mut [f32]>,
+        dnorm: Option<&mut [f32]>,
+    ) -> Vec<f32> {
+        let d = self.shape.config.hidden_size;
+        let Predicted {
+            tokens,
+            rows,
+            chosen,
+            normed,
+        } = predicted;
+        let dnormed = tokens.backward(&normed, head, d, slopes, dhead);
+        self.rows_backward(&rows, &chosen, &dnormed, dnorm, hidden.x.len())
+    }
+
+    /// From what the last norm of some rows gave back to dx (n, d), of `len` numbers.
+    pub(super) fn rows_backward(
+        &self,
+        rows: &[usize],
+        chosen: &[f32],
+        dnormed: &[f32],
+        dnorm: Option<&mut [f32]>,
+        len: usize,
+    ) -> Vec<f32> {
+        let mut dchosen = vec![0.0; chosen.len()];
+        self.norm().backward(chosen, dnormed, &mut dchosen, dnorm);
+        let mut dx = vec![0.0; len];
+        add_rows(&mut dx, self.shape.config.hidden_size, rows, &dchosen);
+        dx
     }
 }
 
-impl Mixture {
-    /// What layer `index` adds, (n, d), of h (n, m).
-    fn layer(&self, index: usize, h: &Tensor, gates: &mut Vec<Tensor>) -> Result<Option<Tensor>> {
-        match self {
-            Self::Base => Ok(None),
-            Self::Expert { layers, scale } => {
-                let Some((a, b)) = layers.get(index) else {
-                    return Ok(None);
-                };
-                let low = ops::linear(h, a)?.affine(*scale, 0.0)?;
-                ops::linear(&low, b).map(Some)
-            }
-            Self::Routed(layers) => {
-                let Some(layer) = layers.get(index) else {
-                    return Ok(None);
-                };
-                let gate = layer.gating.gates(h)?;
-                let u = ops::mix(&ops::linear(h, &layer.low)?, &gate)?;
-                gates.push(gate);
-                ops::linear(&u, &layer.high).map(Some)
-            }
-        }
-    }
+/// Where a pass back adds its gradients up.
+pub(super) struct PassGradients<'a> {
+    /// Of the trunk; `None`: frozen.
+    pub trunk: TrunkGradients<'a>,
+    /// Of the mixture, two blocks a layer; empty: frozen.
+    pub mixture: &'a mut [Vec<f32>],
+    /// What the loss adds to every token's and layer's d gates.
+    pub gate_slopes: [f32; 2],
 }
 
-impl Gating {
-    /// (n, 2) of h (n, m).
-    fn gates(&self, h: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Learned { weight, bias } => ops::gates(&ops::linear(h, weight)?, bias),
-            Self::Fixed(gates) => {
-                let gates = Tensor::new(gates, h.device())?.unsqueeze(0)?;
-                gates.broadcast_as((h.dim(0)?, 2))?.contiguous()
-            }
+/// Some rows of a matrix of `d` columns.
+pub(super) fn rows_of(matrix: &[f32], d: usize, rows: &[usize]) -> Vec<f32> {
+    let mut chosen = Vec::with_capacity(rows.len() * d);
+    for row in rows {
+        chosen.extend_from_slice(matrix.get(row * d..(row + 1) * d).unwrap_or_default());
+    }
+    chosen
+}
+
+/// The way back through [`rows_of`]: adds each to its row.
+fn add_rows(matrix: &mut [f32], d: usize, rows: &[usize], values: &[f32]) {
+    for (row, values) in rows.iter().zip(values.chunks_exact(d.max(1))) {
+        if let Some(sums) = matrix.get_mut(row * d..(row + 1) * d) {
+            add_scaled(sums, 1.0, values);
         }
     }
 }

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
-
+use super::NamedTensor;
 use super::base::{Base, Positions};
-use super::batch::{Last, in_chunks};
+use super::batch::{Last, chunks};
+use super::blocks::{Block, Blocks, check};
 use super::expert::{references, tokens};
 use super::fold::{self, GATE_TENSORS, Gate};
-use super::llama::{Gating, Mixture, RoutedLayer};
-use super::ops::read;
+use super::llama::{Keep, PassGradients};
+use super::mixture::{BothExperts, Gating, Mixture};
 use super::preference::{Anchor, BETA_DPO, Loss, PairBatch, delta};
-use super::{NamedTensor, weighted_sum};
+use super::shares::Shares;
 use crate::checkpoint::{self, ExpertLayer};
 use crate::train::{Gradients, Objective, Pair, Parameter, Totals, TrainError};
 use crate::types::TokenId;
@@ -61,8 +60,10 @@ pub struct FixedGates {
 /// `alpha_last` and `beta_last`, at the last token of each prompt, means over layers and sequences.
 pub struct Router {
     base: Arc<Base>,
-    /// ([A_s ; A_h], [s B_s | s B_h]), one a layer.
-    experts: Vec<(Tensor, Tensor)>,
+    /// One a layer.
+    experts: Vec<BothExperts>,
+    /// 2r.
+    width: usize,
     parameters: Vec<Parameter>,
     /// In the order of `parameters`: alpha's six tensors, then beta's, of each layer.
     values: Vec<Vec<f32>>,
@@ -78,12 +79,6 @@ const WATCHED: [&str; 7] = [
     "alpha_last",
     "beta_last",
 ];
-
-/// The folded gates of a layer as variables: weight (2, m), bias (2).
-struct Folded {
-    weight: Var,
-    bias: Var,
-}
 
 impl Router {
     /// A new one, torch's `Linear` start: gates begin near a half.
@@ -106,6 +101,7 @@ impl Router {
         let values = fold::start(&parameters, options.seed);
         Ok(Self {
             experts: stack_experts(&base, safety, helpfulness)?,
+            width: 2 * safety.rank.max(helpfulness.rank),
             base,
             parameters,
             values,
@@ -172,12 +168,12 @@ impl Router {
         beta: f32,
     ) -> Result<Vec<FixedGates>, TrainError> {
         let references = references(&self.base, pairs)?;
-        let mixture = self.mixture(|_| Gating::Fixed([alpha, beta]));
+        let mixture = self.mixture(Gating::Fixed([alpha, beta]));
         let mut worth = Vec::with_capacity(pairs.len());
         for (pair, reference) in pairs.iter().zip(references) {
             let PairBatch { batch, spans } =
                 PairBatch::new(&[pair], Anchor::None, Last::Drop, self.base.config())?;
-            let log_probs = self.base.log_probs(batch, &mixture)?;
+            let log_probs = self.base.log_probs(&batch, &mixture);
             for span in spans {
                 let delta = delta(span.sums(&log_probs), reference);
                 let loss = self.loss().dpo(delta, 0.0);
@@ -192,8 +188,8 @@ impl Router {
     /// # Errors
     /// [`TrainError::Engine`] for a sequence that is empty, too long or not of this vocabulary.
     pub fn positions(&self, ids: &[TokenId]) -> Result<Positions, TrainError> {
-        let folded = self.fold()?;
-        let mixture = self.mixture(|layer| learned(&folded, layer, false));
+        let folded = self.fold();
+        let mixture = self.mixture(Gating::Learned(folded.blocks()));
         self.base.positions_of(ids, &mixture)
     }
 
@@ -207,7 +203,7 @@ impl Router {
         alpha: f32,
         beta: f32,
     ) -> Result<Positions, TrainError> {
-        let mixture = self.mixture(|_| Gating::Fixed([alpha, beta]));
+        let mixture = self.mixture(Gating::Fixed([alpha, beta]));
         self.base.positions_of(ids, &mixture)
     }
 
@@ -218,135 +214,106 @@ impl Router {
         }
     }
 
-    fn mixture(&self, gating: impl Fn(usize) -> Gating) -> Mixture {
-        let layers = self.experts.iter().enumerate();
-        let layers = layers.map(|(index, (low, high))| RoutedLayer {
-            low: low.clone(),
-            high: high.clone(),
-            gating: gating(index),
-        });
-        Mixture::Routed(layers.collect())
+    fn mixture<'a>(&'a self, gating: Gating<'a>) -> Mixture<'a> {
+        Mixture::Routed {
+            experts: &self.experts,
+            width: self.width,
+            gating,
+        }
     }
 
-    /// Both gates of each layer, folded.
-    fn fold(&self) -> Result<Vec<Folded>, TrainError> {
-        let m = self.base.config().intermediate_size;
-        let mut layers = Vec::new();
+    /// Both gates of each layer, folded: [a ; b] (2, m) and [a0 ; b0] (2), two blocks a layer.
+    fn fold(&self) -> Blocks {
+        let mut blocks = Vec::new();
         for tensors in self.values.chunks_exact(2 * GATE_TENSORS) {
-            let (mut weight, mut bias) = (Vec::with_capacity(2 * m), Vec::with_capacity(2));
+            let (mut weight, mut bias) = (Vec::new(), Vec::new());
             for gate in tensors.chunks_exact(GATE_TENSORS).filter_map(Gate::new) {
                 let (a, a0) = gate.fold();
                 weight.extend(a);
                 bias.push(a0);
             }
-            layers.push(Folded {
-                weight: Var::from_vec(weight, (2, m), &Device::Cpu)?,
-                bias: Var::from_vec(bias, 2, &Device::Cpu)?,
-            });
+            blocks.extend([weight, bias].map(|values| Block {
+                values,
+                parts: Vec::new(),
+            }));
         }
-        Ok(layers)
-    }
-
-    /// The folded gates' gradients, alpha's and beta's (a, a0) of each layer.
-    fn folded_gradients(folded: &[Folded], store: &GradStore) -> Result<Vec<Vec<f32>>, TrainError> {
-        let mut gradients = Vec::with_capacity(2 * folded.len());
-        for layer in folded {
-            let m = layer.weight.dim(1)?;
-            let (Some(weight), Some(bias)) = (store.get(&layer.weight), store.get(&layer.bias))
-            else {
-                gradients.extend([vec![0.0; m + 1], vec![0.0; m + 1]]);
-                continue;
-            };
-            read(weight, |weight| {
-                read(bias, |bias| {
-                    for (a, a0) in weight.chunks_exact(m).zip(bias) {
-                        gradients.push(a.iter().chain([a0]).copied().collect());
-                    }
-                })
-            })??;
-        }
-        Ok(gradients)
+        Blocks::new(blocks)
     }
 
     /// The parameters' gradients from those of the folded gates.
     fn unfold(&self, folded: &[Vec<f32>]) -> Vec<Vec<f32>> {
-        let gates = self.values.chunks_exact(GATE_TENSORS).filter_map(Gate::new);
-        let unfolded = gates.zip(folded).filter_map(|(gate, gradient)| {
-            let (da0, da) = gradient.split_last()?;
-            Some(gate.unfold(da, *da0))
+        let m = self.base.config().intermediate_size;
+        let mut layers = folded.chunks_exact(2);
+        let gates = std::iter::from_fn(|| match layers.next() {
+            Some([weight, bias]) => Some(weight.chunks_exact(m).zip(bias)),
+            _ => None,
         });
-        unfolded.flatten().collect()
+        let tensors = self.values.chunks_exact(GATE_TENSORS).filter_map(Gate::new);
+        let unfolded = tensors.zip(gates.flatten());
+        unfolded
+            .flat_map(|(gate, (da, da0))| gate.unfold(da, *da0))
+            .collect()
     }
 
     fn run(
         &self,
-        folded: &[Folded],
+        folded: &Blocks,
         pairs: &[&Pair],
         totals: Totals,
-        tracked: bool,
-    ) -> Result<Gradients, TrainError> {
+        shares: &mut Shares,
+    ) -> Result<(), TrainError> {
         let references = references(&self.base, pairs)?;
         let PairBatch { batch, spans } =
             PairBatch::new(pairs, Anchor::None, Last::Keep, self.base.config())?;
-        let mixture = self.mixture(|layer| learned(folded, layer, tracked));
-        let hidden = self.base.forward(&batch, &mixture)?;
-        let log_probs = batch.log_probs(&self.base.llama, &self.base.head, &hidden, None)?;
-        let sums = read(&log_probs, |log_probs| {
-            // The router's loss has no margin.
-            let margins = pairs.iter().map(|_| 0.0);
-            self.loss().of(log_probs, &spans, &references, margins)
-        })?;
+        let (llama, head) = (self.base.llama(), self.base.head());
+        let mixture = self.mixture(Gating::Learned(folded.blocks()));
+        let hidden = llama.forward(&batch, &mixture, shares.keep());
+        let predicted = llama.predict(&batch, &hidden, head);
+        // The router's loss has no margin.
+        let margins = pairs.iter().map(|_| 0.0);
+        let sums = self
+            .loss()
+            .of(&predicted.tokens.log_probs, &spans, &references, margins);
         let items = totals.items as f64;
-        let [alpha, beta, alpha_last, beta_last] = self.gate_means(pairs, &hidden.gates, totals)?;
+        let means = self.gate_means(pairs, &hidden.gates, totals);
+        let [alpha, beta, ..] = means;
         // Gates are within (0, 1): |alpha| = alpha, |beta - 1| = 1 - beta; this part holds its share of all tokens.
-        let share = pairs.iter().map(|pair| tokens(pair)).sum::<usize>() as f64;
-        let share = share / totals.tokens as f64;
-        let loss = sums.loss / items
+        let share = batch.ids.len() as f64 / totals.tokens as f64;
+        shares.loss += sums.loss / items
             + f64::from(self.options.weight_alpha) * alpha
             + f64::from(self.options.weight_beta) * (share - beta);
-        let values = if tracked {
-            let slopes: Vec<f64> = sums.slopes.iter().map(|slope| slope / items).collect();
-            let mut scalar = weighted_sum(&log_probs, &slopes)?;
-            for gates in &hidden.gates {
-                scalar = (scalar + weighted_sum(gates, &self.gate_slopes(gates, totals)?)?)?;
-            }
-            Self::folded_gradients(folded, &scalar.backward()?)?
-        } else {
-            Vec::new()
-        };
-        let watched = [
-            sums.delta / items,
-            sums.right / items,
-            sums.dpo / items,
-            alpha,
-            beta,
-            alpha_last,
-            beta_last,
-        ];
-        Ok(Gradients {
-            values,
-            loss,
-            watched: WATCHED.into_iter().zip(watched).collect(),
-        })
+        let of_pairs = [sums.delta, sums.right, sums.dpo].map(|sum| sum / items);
+        for (index, share) in of_pairs.into_iter().chain(means).enumerate() {
+            shares.watch(index, share);
+        }
+        if shares.keep() == Keep::All {
+            let slopes: Vec<f32> = sums
+                .slopes
+                .iter()
+                .map(|slope| (slope / items) as f32)
+                .collect();
+            let dx = llama.predict_backward(predicted, &hidden, head, &slopes, None, None);
+            let gradients = PassGradients {
+                trunk: None,
+                mixture: &mut shares.blocks,
+                gate_slopes: self.gate_slopes(totals),
+            };
+            llama.backward(&batch, hidden, &mixture, dx, gradients);
+        }
+        Ok(())
     }
 
     /// d loss / d gate of the regulariser: the same for every token and layer.
-    fn gate_slopes(&self, gates: &Tensor, totals: Totals) -> Result<Vec<f64>, TrainError> {
-        let pool = (totals.tokens * self.experts.len()) as f64;
-        let slopes = [
-            f64::from(self.options.weight_alpha) / pool,
-            -f64::from(self.options.weight_beta) / pool,
-        ];
-        Ok(slopes.repeat(gates.dim(0)?))
+    fn gate_slopes(&self, totals: Totals) -> [f32; 2] {
+        let pool = (totals.tokens * self.experts.len()) as f32;
+        [
+            self.options.weight_alpha / pool,
+            -self.options.weight_beta / pool,
+        ]
     }
 
     /// Shares of the means of alpha and beta over all tokens, and over the last tokens of prompts.
-    fn gate_means(
-        &self,
-        pairs: &[&Pair],
-        gates: &[Tensor],
-        totals: Totals,
-    ) -> Result<[f64; 4], TrainError> {
+    fn gate_means(&self, pairs: &[&Pair], gates: &[Vec<f32>], totals: Totals) -> [f64; 4] {
         let sequences = pairs.iter().flat_map(|pair| [&pair.better, &pair.worse]);
         let last = sequences.scan(0, |start, sequence| {
             let row = *start + sequence.answer - 1;
@@ -354,60 +321,36 @@ impl Router {
             Some(row)
         });
         let last: Vec<usize> = last.collect();
-        let mut sums = [0.0; 4];
-        for layer in gates {
-            read(layer, |gates| {
-                for (index, gate) in gates.iter().enumerate() {
-                    sums[index % 2] += f64::from(*gate);
+        let (mut all, mut ends) = ([0.0; 2], [0.0; 2]);
+        for gates in gates {
+            for (sum, gate) in (0..2).cycle().zip(gates) {
+                all[sum] += f64::from(*gate);
+            }
+            for row in &last {
+                for (sum, gate) in ends.iter_mut().zip(gates.iter().skip(2 * row)) {
+                    *sum += f64::from(*gate);
                 }
-                for row in &last {
-                    for (sum, gate) in sums[2..].iter_mut().zip(gates.iter().skip(2 * row)) {
-                        *sum += f64::from(*gate);
-                    }
-                }
-            })?;
+            }
         }
         let layers = gates.len().max(1) as f64;
-        let (tokens, ends) = (totals.tokens as f64, 2.0 * totals.items as f64);
-        let [alpha, beta, alpha_last, beta_last] = sums.map(|sum| sum / layers);
-        Ok([
-            alpha / tokens,
-            beta / tokens,
-            alpha_last / ends,
-            beta_last / ends,
-        ])
+        let (tokens, sequences) = (totals.tokens as f64, 2.0 * totals.items as f64);
+        let [alpha, beta] = all.map(|sum| sum / layers / tokens);
+        let [alpha_last, beta_last] = ends.map(|sum| sum / layers / sequences);
+        [alpha, beta, alpha_last, beta_last]
     }
 
-    fn shares(
-        &self,
-        items: &[&Pair],
-        batch: Totals,
-        tracked: bool,
-    ) -> Result<Gradients, TrainError> {
-        let folded = self.fold()?;
-        let mut shares = in_chunks(items, &WATCHED, tokens, |chunk| {
-            self.run(&folded, chunk, batch, tracked)
-        })?;
-        if tracked {
-            shares.values = self.unfold(&shares.values);
+    fn shares(&self, items: &[&Pair], totals: Totals, keep: Keep) -> Result<Gradients, TrainError> {
+        let folded = self.fold();
+        let mut shares = Shares::new(&folded, &WATCHED, keep);
+        for chunk in chunks(items, tokens) {
+            self.run(&folded, chunk, totals, &mut shares)?;
         }
-        Ok(shares)
-    }
-}
-
-/// The gates of a layer.
-fn learned(folded: &[Folded], layer: usize, tracked: bool) -> Gating {
-    match folded.get(layer) {
-        Some(gates) if tracked => Gating::Learned {
-            weight: gates.weight.as_tensor().clone(),
-            bias: gates.bias.as_tensor().clone(),
-        },
-        Some(gates) => Gating::Learned {
-            weight: gates.weight.as_detached_tensor(),
-            bias: gates.bias.as_detached_tensor(),
-        },
-        // There is one a layer.
-        None => Gating::Fixed([0.0, 0.0]),
+        let values = match keep {
+            Keep::All => self.unfold(&shares.blocks),
+            Keep::Nothing => Vec::new(),
+        };
+        let sums = shares.finish(&folded);
+        Ok(Gradients { values, ..sums })
     }
 }
 
@@ -416,7 +359,7 @@ fn stack_experts(
     base: &Base,
     safety: &checkpoint::Expert,
     helpfulness: &checkpoint::Expert,
-) -> Result<Vec<(Tensor, Tensor)>, TrainError> {
+) -> Result<Vec<BothExperts>, TrainError> {
     let (d, m) = (base.config().hidden_size, base.config().intermediate_size);
     let rank = safety.rank.max(helpfulness.rank);
     let mut stacked = Vec::with_capacity(base.config().num_layers);
@@ -434,8 +377,7 @@ fn stack_experts(
                 }
             }
         }
-        let low = Tensor::from_vec(low, (2 * rank, m), &Device::Cpu)?;
-        stacked.push((low, Tensor::from_vec(high, (d, 2 * rank), &Device::Cpu)?));
+        stacked.push(BothExperts { low, high });
     }
     Ok(stacked)
 }
@@ -479,7 +421,7 @@ impl Objective for Router {
     }
 
     fn set_values(&mut self, values: &[Vec<f32>]) -> Result<(), TrainError> {
-        super::blocks::check(&self.parameters, values)?;
+        check(&self.parameters, values)?;
         self.values = values.to_vec();
         Ok(())
     }
@@ -494,10 +436,10 @@ impl Objective for Router {
     }
 
     fn gradients(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, true)
+        self.shares(items, batch, Keep::All)
     }
 
     fn evaluate(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, false)
+        self.shares(items, batch, Keep::Nothing)
     }
 }

@@ -3,16 +3,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
-use super::base::incomplete;
-use super::batch::{Batch, CHUNK_TOKENS, Last, check, in_chunks};
+use super::NamedTensor;
+use super::batch::{Batch, Last, chunks};
 use super::blocks::{Block, Blocks};
-use super::llama::{Llama, Mixture, Shape};
-use super::ops::{linear, read};
+use super::llama::{Hidden, Keep, Llama, PassGradients, Shape, rows_of};
+use super::mixture::Mixture;
+use super::ops::{add_product, add_weight_gradient, linear};
 use super::preference::{sigmoid, softplus};
+use super::shares::Shares;
 use super::weights::{Weights, matrix, vector};
-use super::{NamedTensor, weighted_sum};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{Gradients, Objective, Parameter, ScorePair, Sequence, Totals, TrainError};
 
@@ -44,7 +43,6 @@ pub struct ScoreModel {
     shape: Arc<Shape>,
     blocks: Blocks,
     kind: ScoreKind,
-    bias: bool,
 }
 
 /// Weight of the mean squared score in the authors' scripts.
@@ -67,8 +65,8 @@ impl ScoreModel {
         let mut config = checkpoint.config.clone();
         config.num_layers = layers.map_or(config.num_layers, |n| n.min(config.num_layers));
         let d = config.hidden_size;
-        let head = zeros(vec![matrix(HEAD, 1, d)], vec![1, d]);
-        let bias = zeros(vec![vector(BIAS, 1)], vec![1]);
+        let head = zeros(matrix(HEAD, 1, d));
+        let bias = zeros(vector(BIAS, 1));
         Self::new(config, &Weights::of(checkpoint), head, Some(bias), kind)
     }
 
@@ -102,14 +100,12 @@ impl ScoreModel {
         kind: ScoreKind,
     ) -> Result<Self, TrainError> {
         let mut blocks = weights.trunk(&config)?;
-        let has_bias = bias.is_some();
         blocks.push(head);
         blocks.extend(bias);
         Ok(Self {
             shape: Shape::new(config),
-            blocks: Blocks::new(blocks)?,
+            blocks: Blocks::new(blocks),
             kind,
-            bias: has_bias,
         })
     }
 
@@ -124,15 +120,8 @@ impl ScoreModel {
     }
 
     /// Names, shapes and numbers, in the order of Hugging Face's state dict; the normaliser's buffers are the file's.
-    ///
-    /// # Errors
-    /// [`TrainError::Engine`] where the engine fails.
-    pub fn export(&self) -> Result<Vec<NamedTensor>, TrainError> {
-        let values = self.blocks.values()?.into_iter();
-        let named = self.blocks.parameters().iter().zip(values);
-        Ok(named
-            .map(|(parameter, values)| (parameter.name.clone(), parameter.shape.clone(), values))
-            .collect())
+    pub fn export(&self) -> Vec<NamedTensor> {
+        self.blocks.named()
     }
 
     /// The score of each sequence.
@@ -141,38 +130,48 @@ impl ScoreModel {
     /// [`TrainError::Engine`] for a sequence that is empty, too long or not of this vocabulary.
     pub fn scores(&self, sequences: &[&Sequence]) -> Result<Vec<f32>, TrainError> {
         let mut scores = Vec::with_capacity(sequences.len());
-        let mut rest = sequences;
-        while !rest.is_empty() {
-            let mut sum = 0;
-            let fits = rest.iter().take_while(|sequence| {
-                sum += sequence.ids.len();
-                sum <= CHUNK_TOKENS
-            });
-            let (chunk, others) = rest.split_at(fits.count().max(1));
-            let of = self.score(chunk, false)?;
-            scores.extend(read(&of, <[f32]>::to_vec)?);
-            rest = others;
+        for chunk in chunks(sequences, |sequence| sequence.ids.len()) {
+            scores.extend(self.score(chunk, Keep::Nothing)?.scores);
         }
         Ok(scores)
     }
 
-    /// Scores of sequences as one graph: (sequences, 1).
-    fn score(&self, sequences: &[&Sequence], tracked: bool) -> Result<Tensor, TrainError> {
-        let mut tensors = self.blocks.tensors(tracked).into_iter();
-        let llama = Llama::take(&self.shape, &mut tensors).ok_or_else(incomplete)?;
-        let head = tensors.next().ok_or_else(incomplete)?;
+    fn llama(&self) -> Llama<'_> {
+        Llama::new(&self.shape, self.blocks.blocks())
+    }
+
+    /// (d), and (1) or nothing.
+    fn head(&self) -> (&[f32], &[f32]) {
+        let blocks = self.blocks.blocks();
+        let at = Llama::count(self.config());
+        let block = |at: usize| blocks.get(at).map_or(&[][..], |block| block);
+        (block(at), block(at + 1))
+    }
+
+    fn score(&self, sequences: &[&Sequence], keep: Keep) -> Result<Scored, TrainError> {
         let mut batch = Batch::default();
         let mut ends = Vec::with_capacity(sequences.len());
         for sequence in sequences {
-            check(sequence, self.config())?;
             batch.push(sequence, sequence.ids.len(), Last::Keep, self.config())?;
             ends.push(batch.ids.len() - 1);
         }
-        let hidden = llama.forward(&batch.ids, &batch.lengths, &Mixture::Base)?;
-        let scores = linear(&llama.normed_rows(&hidden.x, ends)?, &head)?;
-        Ok(match tensors.next() {
-            Some(bias) if self.bias => scores.broadcast_add(&bias.reshape((1, 1))?)?,
-            _ => scores,
+        let llama = self.llama();
+        let hidden = llama.forward(&batch, &Mixture::Base, keep);
+        let d = self.config().hidden_size;
+        let chosen = rows_of(&hidden.x, d, &ends);
+        let normed = llama.norm().forward(&chosen);
+        let (weight, bias) = self.head();
+        let mut scores = linear(&normed, weight, d);
+        for score in &mut scores {
+            *score += bias.first().copied().unwrap_or(0.0);
+        }
+        Ok(Scored {
+            batch,
+            ends,
+            hidden,
+            chosen,
+            normed,
+            scores,
         })
     }
 
@@ -180,44 +179,85 @@ impl ScoreModel {
         &self,
         pairs: &[&ScorePair],
         totals: Totals,
-        tracked: bool,
-    ) -> Result<Gradients, TrainError> {
+        shares: &mut Shares,
+    ) -> Result<(), TrainError> {
         let sequences = pairs.iter().flat_map(|pair| [&pair.better, &pair.worse]);
         let sequences: Vec<&Sequence> = sequences.collect();
-        let scores = self.score(&sequences, tracked)?;
-        let values = read(&scores, <[f32]>::to_vec)?;
+        let scored = self.score(&sequences, shares.keep())?;
         let mut sums = Sums::default();
-        for (pair, scores) in pairs.iter().zip(values.chunks_exact(2)) {
+        for (pair, scores) in pairs.iter().zip(scored.scores.chunks_exact(2)) {
             if let [better, worse] = scores {
                 sums.add(self.kind, pair, f64::from(*better), f64::from(*worse));
             }
         }
         let items = totals.items as f64;
-        let values = if tracked {
-            let slopes: Vec<f64> = sums.slopes.iter().map(|slope| slope / items).collect();
-            let store = weighted_sum(&scores, &slopes)?.backward()?;
-            self.blocks.gradients(&store)?
-        } else {
-            Vec::new()
+        shares.loss += sums.loss / items;
+        shares.watch(0, sums.right / items);
+        shares.watch(1, sums.signs / items);
+        if shares.keep() == Keep::All {
+            let slopes: Vec<f32> = sums
+                .slopes
+                .iter()
+                .map(|slope| (slope / items) as f32)
+                .collect();
+            self.back(scored, &slopes, &mut shares.blocks);
+        }
+        Ok(())
+    }
+
+    /// From d loss / d score to all gradients.
+    fn back(&self, scored: Scored, slopes: &[f32], blocks: &mut [Vec<f32>]) {
+        let d = self.config().hidden_size;
+        let count = Llama::count(self.config());
+        let (trunk, head) = blocks.split_at_mut(count.min(blocks.len()));
+        let (weight, _) = self.head();
+        let mut dnormed = vec![0.0; scored.normed.len()];
+        add_product(&mut dnormed, 1.0, slopes, weight, d);
+        if let Some(dweight) = head.first_mut() {
+            add_weight_gradient(dweight, 1.0, slopes, &scored.normed, d);
+        }
+        for dbias in head.iter_mut().skip(1).flatten() {
+            *dbias += slopes.iter().sum::<f32>();
+        }
+        let Some((dnorm, trunk)) = trunk.split_last_mut() else {
+            return;
         };
-        let watched = [sums.right / items, sums.signs / items];
-        Ok(Gradients {
-            values,
-            loss: sums.loss / items,
-            watched: WATCHED.into_iter().zip(watched).collect(),
-        })
+        let llama = self.llama();
+        let len = scored.hidden.x.len();
+        let dx = llama.rows_backward(&scored.ends, &scored.chosen, &dnormed, Some(dnorm), len);
+        let gradients = PassGradients {
+            trunk: Some(trunk),
+            mixture: &mut [],
+            gate_slopes: [0.0; 2],
+        };
+        llama.backward(&scored.batch, scored.hidden, &Mixture::Base, dx, gradients);
     }
 
     fn shares(
         &self,
         items: &[&ScorePair],
-        batch: Totals,
-        tracked: bool,
+        totals: Totals,
+        keep: Keep,
     ) -> Result<Gradients, TrainError> {
-        in_chunks(items, &WATCHED, tokens, |chunk| {
-            self.run(chunk, batch, tracked)
-        })
+        let mut shares = Shares::new(&self.blocks, &WATCHED, keep);
+        for chunk in chunks(items, tokens) {
+            self.run(chunk, totals, &mut shares)?;
+        }
+        Ok(shares.finish(&self.blocks))
     }
+}
+
+/// Scores, and what the way back needs.
+struct Scored {
+    batch: Batch,
+    /// Row of each sequence's last token.
+    ends: Vec<usize>,
+    hidden: Hidden,
+    /// (sequences, d): before and after the last norm.
+    chosen: Vec<f32>,
+    normed: Vec<f32>,
+    /// (sequences).
+    scores: Vec<f32>,
 }
 
 /// Sums over pairs.
@@ -232,7 +272,6 @@ struct Sums {
 
 impl Sums {
     fn add(&mut self, kind: ScoreKind, pair: &ScorePair, better: f64, worse: f64) {
-        // The pairwise loss pulls `high` above `low`.
         let sign = match kind {
             ScoreKind::Reward => 1.0,
             ScoreKind::Cost => -1.0,
@@ -261,11 +300,10 @@ impl Sums {
     }
 }
 
-fn zeros(parts: Vec<Parameter>, shape: Vec<usize>) -> Block {
+fn zeros(parameter: Parameter) -> Block {
     Block {
-        values: vec![0.0; shape.iter().product()],
-        shape,
-        parts,
+        values: vec![0.0; parameter.shape.iter().product()],
+        parts: vec![parameter],
     }
 }
 
@@ -282,7 +320,7 @@ impl Objective for ScoreModel {
     }
 
     fn values(&self) -> Result<Vec<Vec<f32>>, TrainError> {
-        self.blocks.values()
+        Ok(self.blocks.values())
     }
 
     fn set_values(&mut self, values: &[Vec<f32>]) -> Result<(), TrainError> {
@@ -299,10 +337,10 @@ impl Objective for ScoreModel {
     }
 
     fn gradients(&self, items: &[&ScorePair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, true)
+        self.shares(items, batch, Keep::All)
     }
 
     fn evaluate(&self, items: &[&ScorePair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, false)
+        self.shares(items, batch, Keep::Nothing)
     }
 }

@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
-use super::base::{Positions, incomplete, positions};
-use super::batch::{Batch, Last, in_chunks};
+use super::NamedTensor;
+use super::base::{Positions, head, positions};
+use super::batch::{Batch, Last, chunks};
 use super::blocks::Blocks;
-use super::llama::{Llama, Mixture, Shape};
-use super::ops::{Hits, read};
+use super::llama::{Keep, Llama, PassGradients, Shape};
+use super::mixture::Mixture;
+use super::shares::Shares;
 use super::weights::Weights;
-use super::{NamedTensor, weighted_sum};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{Gradients, Objective, Parameter, Sequence, Totals, TrainError};
 use crate::types::TokenId;
@@ -64,7 +63,7 @@ impl Sft {
         blocks.extend(weights.head(&config)?);
         Ok(Self {
             shape: Shape::new(config),
-            blocks: Blocks::new(blocks)?,
+            blocks: Blocks::new(blocks),
             options,
         })
     }
@@ -75,15 +74,8 @@ impl Sft {
     }
 
     /// Names, shapes and numbers, in the order of Hugging Face's state dict.
-    ///
-    /// # Errors
-    /// [`TrainError::Engine`] where the engine fails.
-    pub fn export(&self) -> Result<Vec<NamedTensor>, TrainError> {
-        let values = self.blocks.values()?.into_iter();
-        let named = self.blocks.parameters().iter().zip(values);
-        Ok(named
-            .map(|(parameter, values)| (parameter.name.clone(), parameter.shape.clone(), values))
-            .collect())
+    pub fn export(&self) -> Vec<NamedTensor> {
+        self.blocks.named()
     }
 
     /// Logits of one sequence.
@@ -91,16 +83,13 @@ impl Sft {
     /// # Errors
     /// [`TrainError::Engine`] for a sequence that is empty, too long or not of this vocabulary.
     pub fn positions(&self, ids: &[TokenId]) -> Result<Positions, TrainError> {
-        let (llama, head) = self.model(false)?;
-        positions(&llama, &head, ids, &Mixture::Base)
+        let llama = self.llama();
+        let head = head(&llama, self.blocks.blocks());
+        positions(&llama, head, ids, &Mixture::Base)
     }
 
-    /// Trunk and head.
-    fn model(&self, tracked: bool) -> Result<(Llama, Tensor), TrainError> {
-        let mut tensors = self.blocks.tensors(tracked).into_iter();
-        let llama = Llama::take(&self.shape, &mut tensors).ok_or_else(incomplete)?;
-        let head = tensors.next().unwrap_or_else(|| llama.embedding.clone());
-        Ok((llama, head))
+    fn llama(&self) -> Llama<'_> {
+        Llama::new(&self.shape, self.blocks.blocks())
     }
 
     /// First position that is predicted.
@@ -116,60 +105,80 @@ impl Sft {
         &self,
         items: &[&Sequence],
         totals: Totals,
-        tracked: bool,
-    ) -> Result<Gradients, TrainError> {
-        let (llama, head) = self.model(tracked)?;
+        shares: &mut Shares,
+    ) -> Result<(), TrainError> {
         let mut batch = Batch::default();
         let mut ranges = Vec::with_capacity(items.len());
         for item in items {
             ranges.push(batch.push(item, self.from(item), Last::Drop, self.config())?);
         }
-        let hidden = llama.forward(&batch.ids, &batch.lengths, &Mixture::Base)?;
-        let hits = Hits::default();
-        let log_probs = batch.log_probs(&llama, &head, &hidden, Some(hits.clone()))?;
-        let hits = hits.take();
-        let mut slopes = vec![0.0; hits.len()];
-        let mut accuracy = 0.0;
+        let llama = self.llama();
+        let head = head(&llama, self.blocks.blocks());
+        let hidden = llama.forward(&batch, &Mixture::Base, shares.keep());
+        let predicted = llama.predict(&batch, &hidden, head);
+        let mut slopes = vec![0.0; batch.rows.len()];
+        let prompt_slope = -f64::from(self.options.prompt_weight) / totals.weight;
         for (item, range) in items.iter().zip(ranges) {
             let answer = range.end - (item.ids.len() - item.answer);
-            let prompt = slopes.get_mut(range.start..answer).unwrap_or_default();
-            prompt.fill(-f64::from(self.options.prompt_weight) / totals.weight);
-            let answer_slopes = slopes.get_mut(answer..range.end).unwrap_or_default();
-            answer_slopes.fill(-1.0 / totals.weight);
-            let hits = hits.get(answer..range.end).unwrap_or_default();
+            let hits = predicted
+                .tokens
+                .hits
+                .get(answer..range.end)
+                .unwrap_or_default();
             let right = hits.iter().filter(|hit| **hit).count();
-            accuracy += right as f64 / hits.len().max(1) as f64;
+            let accuracy = right as f64 / hits.len().max(1) as f64;
+            shares.watch(0, accuracy / totals.items as f64);
+            for (row, slope) in slopes
+                .iter_mut()
+                .enumerate()
+                .take(range.end)
+                .skip(range.start)
+            {
+                *slope = if row < answer {
+                    prompt_slope
+                } else {
+                    -1.0 / totals.weight
+                };
+            }
         }
-        let loss = read(&log_probs, |log_probs| {
-            let terms = log_probs.iter().zip(&slopes);
-            terms.map(|(x, slope)| f64::from(*x) * slope).sum::<f64>()
-        })?;
-        let values = if tracked {
-            let store = weighted_sum(&log_probs, &slopes)?.backward()?;
-            self.blocks.gradients(&store)?
-        } else {
-            Vec::new()
+        let terms = predicted.tokens.log_probs.iter().zip(&slopes);
+        shares.loss += terms.map(|(x, slope)| f64::from(*x) * slope).sum::<f64>();
+        if shares.keep() == Keep::Nothing {
+            return Ok(());
+        }
+        let slopes: Vec<f32> = slopes.into_iter().map(|slope| slope as f32).collect();
+        let norm = (Llama::count(self.config()) - 1).min(shares.blocks.len());
+        let (trunk, rest) = shares.blocks.split_at_mut(norm);
+        let (dnorm, dhead) = rest.split_first_mut().unzip();
+        let dhead = dhead.and_then(<[_]>::first_mut).or(trunk.first_mut());
+        let dx = llama.predict_backward(
+            predicted,
+            &hidden,
+            head,
+            &slopes,
+            dhead.map(Vec::as_mut_slice),
+            dnorm.map(Vec::as_mut_slice),
+        );
+        let gradients = PassGradients {
+            trunk: Some(trunk),
+            mixture: &mut [],
+            gate_slopes: [0.0; 2],
         };
-        let watched = vec![(WATCHED[0], accuracy / totals.items as f64)];
-        Ok(Gradients {
-            values,
-            loss,
-            watched,
-        })
+        llama.backward(&batch, hidden, &Mixture::Base, dx, gradients);
+        Ok(())
     }
 
     fn shares(
         &self,
         items: &[&Sequence],
-        batch: Totals,
-        tracked: bool,
+        totals: Totals,
+        keep: Keep,
     ) -> Result<Gradients, TrainError> {
-        in_chunks(
-            items,
-            &WATCHED,
-            |item| item.ids.len(),
-            |chunk| self.run(chunk, batch, tracked),
-        )
+        let mut shares = Shares::new(&self.blocks, &WATCHED, keep);
+        for chunk in chunks(items, |item| item.ids.len()) {
+            self.run(chunk, totals, &mut shares)?;
+        }
+        Ok(shares.finish(&self.blocks))
     }
 }
 
@@ -181,7 +190,7 @@ impl Objective for Sft {
     }
 
     fn values(&self) -> Result<Vec<Vec<f32>>, TrainError> {
-        self.blocks.values()
+        Ok(self.blocks.values())
     }
 
     fn set_values(&mut self, values: &[Vec<f32>]) -> Result<(), TrainError> {
@@ -199,10 +208,10 @@ impl Objective for Sft {
     }
 
     fn gradients(&self, items: &[&Sequence], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, true)
+        self.shares(items, batch, Keep::All)
     }
 
     fn evaluate(&self, items: &[&Sequence], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, false)
+        self.shares(items, batch, Keep::Nothing)
     }
 }

@@ -76,20 +76,13 @@ impl<'a> Weights<'a> {
         Ok(values)
     }
 
-    /// A block of matrices with `columns` columns below each other, or of one vector.
+    /// A block of matrices below each other, or of one vector.
     pub(super) fn block(&self, parts: Vec<Parameter>) -> Result<Block, TrainError> {
         let mut values = Vec::new();
         for part in &parts {
             values.extend(self.values(part)?);
         }
-        let rows = parts.iter().filter_map(|part| part.shape.first()).sum();
-        let columns = parts.first().and_then(|part| part.shape.get(1)).copied();
-        let shape = [rows].into_iter().chain(columns).collect();
-        Ok(Block {
-            shape,
-            values,
-            parts,
-        })
+        Ok(Block { values, parts })
     }
 
     /// The trunk: embedding, layers and last norm.

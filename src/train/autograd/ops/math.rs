@@ -3,6 +3,12 @@
 /// Lanes of a sum: two SSE or one AVX register.
 const LANES: usize = 8;
 
+/// Runs loops as the widest vector code that this CPU has. What is called inside must be inlined to profit.
+#[inline(always)]
+pub(super) fn simd<R>(loops: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(loops)
+}
+
 /// e^x, relative error below 3e-7; 0 below -87, finite for any x (Cephes' expf, by powers of two and a polynomial).
 #[inline(always)]
 #[allow(clippy::excessive_precision)]
@@ -49,16 +55,19 @@ fn fold(row: &[f32], start: f32, combine: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 /// Sum of a row.
+#[inline(always)]
 pub(super) fn sum(row: &[f32]) -> f32 {
     fold(row, 0.0, |sum, value| sum + value)
 }
 
 /// Largest of a row; -inf for an empty one.
+#[inline(always)]
 pub(super) fn max(row: &[f32]) -> f32 {
     fold(row, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
 }
 
 /// <a, b>.
+#[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; LANES];
     let (chunks_a, chunks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
@@ -72,14 +81,39 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.into_iter().sum::<f32>() + rest
 }
 
+/// Sum of a * b * c.
+#[inline(always)]
+pub(super) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks_a, chunks_b, chunks_c) = (
+        a.chunks_exact(LANES),
+        b.chunks_exact(LANES),
+        c.chunks_exact(LANES),
+    );
+    let rest = chunks_a
+        .remainder()
+        .iter()
+        .zip(chunks_b.remainder())
+        .zip(chunks_c.remainder());
+    let rest: f32 = rest.map(|((a, b), c)| a * b * c).sum();
+    for ((a, b), c) in chunks_a.zip(chunks_b).zip(chunks_c) {
+        for (((lane, a), b), c) in lanes.iter_mut().zip(a).zip(b).zip(c) {
+            *lane += a * b * c;
+        }
+    }
+    lanes.into_iter().sum::<f32>() + rest
+}
+
 /// y += factor * x.
-pub(super) fn add_scaled(y: &mut [f32], factor: f32, x: &[f32]) {
+#[inline(always)]
+pub(in super::super) fn add_scaled(y: &mut [f32], factor: f32, x: &[f32]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += factor * x;
     }
 }
 
 /// Replaces each x of a row by e^(x - shift) and returns their sum.
+#[inline(always)]
 pub(super) fn exp_row(row: &mut [f32], shift: f32) -> f32 {
     for value in row.iter_mut() {
         *value = exp(*value - shift);
@@ -88,6 +122,7 @@ pub(super) fn exp_row(row: &mut [f32], shift: f32) -> f32 {
 }
 
 /// Multiplies a row.
+#[inline(always)]
 pub(super) fn scale(row: &mut [f32], factor: f32) {
     for value in row {
         *value *= factor;

@@ -1,90 +1,73 @@
 //! RMSNorm: y = x / sqrt(mean(x^2) + eps) * w.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use super::math::{dot, dot3, simd};
 
-use super::math::{dot, scale};
-use super::{numbers, output, read3};
-
-struct RmsNorm {
-    eps: f32,
+/// The norm of rows of `weight.len()` numbers.
+#[derive(Clone, Copy)]
+pub(in super::super) struct RmsNorm<'a> {
+    /// w (d).
+    pub weight: &'a [f32],
+    /// eps.
+    pub eps: f32,
 }
 
-/// x (n, d), w (d): (n, d).
-pub(in super::super) fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
-    x.apply_op2(w, RmsNorm { eps })
-}
-
-impl RmsNorm {
+impl RmsNorm<'_> {
     /// 1 / sqrt(mean(x^2) + eps).
-    fn inverse(&self, x: &[f32]) -> f32 {
+    #[inline(always)]
+    fn inverse(self, x: &[f32]) -> f32 {
         1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
     }
 
-    /// dx where it is wanted, and dw.
-    fn backward(&self, x: &[f32], w: &[f32], dy: &[f32], wants_dx: bool) -> (Vec<f32>, Vec<f32>) {
-        let d = w.len().max(1);
-        let mut dx = vec![0.0; if wants_dx { x.len() } else { 0 }];
-        let mut dw = vec![0.0; w.len()];
-        for (row, (x, dy)) in x.chunks_exact(d).zip(dy.chunks_exact(d)).enumerate() {
-            let inverse = self.inverse(x);
-            for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
-                *dw += dy * x * inverse;
-            }
-            let Some(dx) = dx.get_mut(row * d..(row + 1) * d) else {
-                continue;
-            };
-            for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(w) {
-                *dx = dy * w;
-            }
-            let along = dot(dx, x) * inverse * inverse / d as f32;
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx -= along * x;
-            }
-            scale(dx, inverse);
-        }
-        (dx, dw)
-    }
-}
-
-impl CustomOp2 for RmsNorm {
-    fn name(&self) -> &'static str {
-        "rms-norm"
+    /// x (n, d): (n, d).
+    pub(in super::super) fn forward(self, x: &[f32]) -> Vec<f32> {
+        let d = self.weight.len().max(1);
+        let mut y = vec![0.0; x.len()];
+        simd(
+            #[inline(always)]
+            || {
+                for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
+                    let inverse = self.inverse(x);
+                    for ((y, x), w) in y.iter_mut().zip(x).zip(self.weight) {
+                        *y = x * inverse * w;
+                    }
+                }
+            },
+        );
+        y
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (n, d) = x_layout.shape().dims2()?;
-        let (x, w) = (numbers(x, x_layout)?, numbers(w, w_layout)?);
-        let mut y = vec![0.0; n * d];
-        for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-            let inverse = self.inverse(x);
-            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                *y = x * inverse * w;
-            }
-        }
-        output(y, (n, d))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let wants_dx = x.track_op();
-        let backward = |x: &[f32], w: &[f32], dy: &[f32]| self.backward(x, w, dy, wants_dx);
-        let (dx, dw) = read3(x, w, dy, backward)?;
-        let dx = wants_dx.then(|| Tensor::from_vec(dx, x.shape(), x.device()));
-        let dw = w
-            .track_op()
-            .then(|| Tensor::from_vec(dw, w.shape(), w.device()));
-        Ok((dx.transpose()?, dw.transpose()?))
+    /// dx += what dy (n, d) moves at x (n, d); dw += the weight's gradient, where it is wanted.
+    pub(in super::super) fn backward(
+        self,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        dw: Option<&mut [f32]>,
+    ) {
+        let d = self.weight.len().max(1);
+        simd(
+            #[inline(always)]
+            || {
+                let rows = x.chunks_exact(d).zip(dy.chunks_exact(d));
+                for ((x, dy), dx) in rows.clone().zip(dx.chunks_exact_mut(d)) {
+                    let inverse = self.inverse(x);
+                    let along = dot3(x, dy, self.weight);
+                    let along = along * inverse * inverse * inverse / d as f32;
+                    for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(self.weight) {
+                        *dx += inverse * dy * w - along * x;
+                    }
+                }
+                let Some(dw) = dw else {
+                    return;
+                };
+                for (x, dy) in rows {
+                    let inverse = self.inverse(x);
+                    for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
+                        *dw += dy * x * inverse;
+                    }
+                }
+            },
+        );
     }
 }
 
@@ -97,17 +80,24 @@ mod tests {
 
     #[test]
     fn rms_norm_is_the_composition_of_candles_ops() {
-        let inputs = [check::normal(1, &[5, 12]), check::normal(2, &[12])];
-        let op = |t: &[Tensor]| rms_norm(&t[0], &t[1], 1e-5).unwrap();
-        let composed = |t: &[Tensor]| {
-            let mean = t[0].sqr().unwrap().mean_keepdim(1).unwrap();
-            let root = (mean + 1e-5).unwrap().sqrt().unwrap();
-            t[0].broadcast_div(&root)
-                .unwrap()
-                .broadcast_mul(&t[1])
-                .unwrap()
-        };
-        check::same_as(op, composed, &inputs, 2e-6);
-        check::finite_differences(op, &inputs, 2e-3);
+        fn norm(weight: &[f32]) -> RmsNorm<'_> {
+            RmsNorm { weight, eps: 1e-5 }
+        }
+        check::same_as(
+            &[&[5, 12], &[12]],
+            |inputs| norm(&inputs[1]).forward(&inputs[0]),
+            |inputs, dy| {
+                let (mut dx, mut dw) = (vec![0.0; 60], vec![0.0; 12]);
+                norm(&inputs[1]).backward(&inputs[0], dy, &mut dx, Some(&mut dw));
+                vec![dx, dw]
+            },
+            |t| {
+                let mean = t[0].sqr().unwrap().mean_keepdim(1).unwrap();
+                let root = (mean + 1e-5).unwrap().sqrt().unwrap();
+                let y = t[0].broadcast_div(&root).unwrap();
+                y.broadcast_mul(&t[1]).unwrap()
+            },
+            3e-6,
+        );
     }
 }

@@ -1,133 +1,83 @@
-//! Head, log-softmax and choice of the target as one: log p(target) of each row. The logits never leave it, and what it keeps of
-//! them is their softmax.
+//! Head, log-softmax and choice of the target as one: log p(target) of each row. Of the logits only their softmax is kept.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use super::math::{exp_row, max, scale, simd};
+use super::matrix::{add_product, add_weight_gradient, linear};
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
-
-use super::math::{exp_row, max, scale};
-use super::{output, read};
-
-/// For each row whether its target has the largest logit; filled by the forward pass.
-#[derive(Clone, Default)]
-pub(in super::super) struct Hits(Arc<Mutex<Vec<bool>>>);
-
-impl Hits {
-    /// Of all rows.
-    pub(in super::super) fn take(&self) -> Vec<bool> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn put(&self, hits: Vec<bool>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = hits;
-    }
-}
-
-struct TokenLogProbs {
+/// What the head says of each row.
+pub(in super::super) struct TokenLogProbs {
+    /// log p(target), (k).
+    pub log_probs: Vec<f32>,
+    /// Whether the target has the largest logit, (k).
+    pub hits: Vec<bool>,
+    /// (k, vocabulary).
+    softmax: Vec<f32>,
     targets: Vec<usize>,
-    hits: Option<Hits>,
-    /// (rows, vocabulary), filled by a forward pass that will be followed by a backward one.
-    softmax: Option<OnceLock<Vec<f32>>>,
 }
 
-/// x (k, d), head (vocabulary, d), targets (k) below the vocabulary: log p(target), (k).
+/// x (k, d), head (vocabulary, d), targets (k) below the vocabulary.
 pub(in super::super) fn token_log_probs(
-    x: &Tensor,
-    head: &Tensor,
+    x: &[f32],
+    head: &[f32],
+    d: usize,
     targets: Vec<usize>,
-    hits: Option<Hits>,
-) -> Result<Tensor> {
-    let softmax = (x.track_op() || head.track_op()).then(OnceLock::new);
-    x.apply_op2(
-        head,
-        TokenLogProbs {
-            targets,
-            hits,
-            softmax,
-        },
-    )
+) -> TokenLogProbs {
+    let vocabulary = (head.len() / d.max(1)).max(1);
+    let mut softmax = linear(x, head, d);
+    let (mut log_probs, mut hits) = (Vec::new(), Vec::new());
+    for (row, target) in softmax.chunks_exact_mut(vocabulary).zip(&targets) {
+        let wanted = row.get(*target).copied().unwrap_or(f32::NEG_INFINITY);
+        let (largest, total) = simd(
+            #[inline(always)]
+            || {
+                let largest = max(row);
+                let total = exp_row(row, largest);
+                scale(row, 1.0 / total);
+                (largest, total)
+            },
+        );
+        log_probs.push(wanted - largest - total.ln());
+        hits.push(wanted >= largest);
+    }
+    TokenLogProbs {
+        log_probs,
+        hits,
+        softmax,
+        targets,
+    }
 }
 
 impl TokenLogProbs {
-    /// Logits to softmax in place; log p(target) and whether it is the largest.
-    fn row(logits: &mut [f32], target: usize) -> Result<(f32, bool)> {
-        let largest = max(logits);
-        let wanted = logits.get(target).copied().ok_or_else(|| {
-            let vocabulary = logits.len();
-            Error::Msg(format!("token {target}: expected one below {vocabulary}"))
-        })?;
-        let total = exp_row(logits, largest);
-        scale(logits, 1.0 / total);
-        Ok((wanted - largest - total.ln(), wanted >= largest))
-    }
-}
-
-impl CustomOp2 for TokenLogProbs {
-    fn name(&self) -> &'static str {
-        "token-log-probs"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        head: &CpuStorage,
-        head_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (k, d) = x_layout.shape().dims2()?;
-        let (vocabulary, _) = head_layout.shape().dims2()?;
-        let transposed = head_layout.transpose(0, 1)?;
-        let logits = x.matmul(head, (1, k, vocabulary, d), x_layout, &transposed)?;
-        let CpuStorage::F32(mut logits) = logits else {
-            return Err(Error::Msg("expected f32".to_owned()));
-        };
-        let mut log_probs = Vec::with_capacity(k);
-        let mut hits = Vec::with_capacity(k);
-        let rows = logits.chunks_exact_mut(vocabulary);
-        for (row, target) in rows.zip(&self.targets) {
-            let (log_prob, hit) = Self::row(row, *target)?;
-            log_probs.push(log_prob);
-            hits.push(hit);
-        }
-        if let Some(cell) = &self.hits {
-            cell.put(hits);
-        }
-        if let Some(cell) = &self.softmax {
-            // A second forward pass of the same node would save the same.
-            let _ = cell.set(logits);
-        }
-        output(log_probs, k)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        head: &Tensor,
-        _log_probs: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let softmax = self.softmax.as_ref().and_then(OnceLock::get);
-        let softmax =
-            softmax.ok_or_else(|| Error::Msg("log-probabilities: no forward pass".to_owned()))?;
-        let (vocabulary, _) = head.dims2()?;
+    /// From `slopes` (k), d loss / d log p: dx (k, d); dhead += the head's gradient, where it is wanted.
+    pub(in super::super) fn backward(
+        self,
+        x: &[f32],
+        head: &[f32],
+        d: usize,
+        slopes: &[f32],
+        dhead: Option<&mut [f32]>,
+    ) -> Vec<f32> {
+        let vocabulary = (head.len() / d.max(1)).max(1);
+        let mut dlogits = self.softmax;
         // d log p(target) / d logits = onehot - softmax.
-        let dlogits = read(d, |d| {
-            let mut dlogits = Vec::with_capacity(softmax.len());
-            let rows = softmax.chunks_exact(vocabulary).zip(&self.targets);
-            for ((row, target), d) in rows.zip(d) {
-                let at = dlogits.len() + target;
-                dlogits.extend(row.iter().map(|p| -d * p));
-                if let Some(wanted) = dlogits.get_mut(at) {
-                    *wanted += d;
-                }
+        for ((row, target), slope) in dlogits
+            .chunks_exact_mut(vocabulary)
+            .zip(self.targets)
+            .zip(slopes)
+        {
+            simd(
+                #[inline(always)]
+                || scale(row, -slope),
+            );
+            if let Some(wanted) = row.get_mut(target) {
+                *wanted += slope;
             }
-            dlogits
-        })?;
-        let dlogits = Tensor::from_vec(dlogits, (self.targets.len(), vocabulary), x.device())?;
-        let dx = x.track_op().then(|| dlogits.matmul(&head.detach()));
-        let dhead = head.track_op().then(|| dlogits.t()?.matmul(&x.detach()));
-        Ok((dx.transpose()?, dhead.transpose()?))
+        }
+        let mut dx = vec![0.0; x.len()];
+        add_product(&mut dx, 1.0, &dlogits, head, d);
+        if let Some(dhead) = dhead {
+            add_weight_gradient(dhead, 1.0, &dlogits, x, d);
+        }
+        dx
     }
 }
 
@@ -135,33 +85,38 @@ impl CustomOp2 for TokenLogProbs {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use candle_core::Device;
+    use candle_core::{Device, Tensor};
 
     use super::super::check;
     use super::*;
 
     #[test]
     fn token_log_probs_are_candles_log_softmax_and_gather() {
-        let inputs = [check::normal(1, &[4, 6]), check::normal(2, &[9, 6])];
-        let targets = vec![8, 0, 3, 3];
-        let op = |t: &[Tensor]| token_log_probs(&t[0], &t[1], targets.clone(), None).unwrap();
+        let forward =
+            |inputs: &[Vec<f32>]| token_log_probs(&inputs[0], &inputs[1], 6, vec![8, 0, 3, 3]);
         let ids = Tensor::new(&[[8u32], [0], [3], [3]], &Device::Cpu).unwrap();
-        let composed = |t: &[Tensor]| {
-            let logits = t[0].matmul(&t[1].t().unwrap()).unwrap();
-            let total = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
-            let log_probs = logits.broadcast_sub(&total).unwrap();
-            log_probs.gather(&ids, 1).unwrap().squeeze(1).unwrap()
-        };
-        check::same_as(op, composed, &inputs, 3e-6);
-        check::finite_differences(op, &inputs, 5e-3);
+        check::same_as(
+            &[&[4, 6], &[9, 6]],
+            |inputs| forward(inputs).log_probs,
+            |inputs, dy| {
+                let mut dhead = vec![0.0; 54];
+                let dx = forward(inputs).backward(&inputs[0], &inputs[1], 6, dy, Some(&mut dhead));
+                vec![dx, dhead]
+            },
+            |t| {
+                let logits = t[0].matmul(&t[1].t().unwrap()).unwrap();
+                let total = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
+                let log_probs = logits.broadcast_sub(&total).unwrap();
+                log_probs.gather(&ids, 1).unwrap().squeeze(1).unwrap()
+            },
+            4e-6,
+        );
     }
 
     #[test]
     fn hits_say_which_targets_have_the_largest_logit() {
-        let x = Tensor::new(&[[1f32, 0.0], [0.0, 1.0]], &Device::Cpu).unwrap();
-        let head = Tensor::new(&[[1f32, 0.0], [0.0, 1.0], [0.5, 0.5]], &Device::Cpu).unwrap();
-        let hits = Hits::default();
-        token_log_probs(&x, &head, vec![0, 2], Some(hits.clone())).unwrap();
-        assert_eq!(hits.take(), [true, false]);
+        let head = [1.0, 0.0, 0.0, 1.0, 0.5, 0.5];
+        let found = token_log_probs(&[1.0, 0.0, 0.0, 1.0], &head, 2, vec![0, 2]);
+        assert_eq!(found.hits, [true, false]);
     }
 }
