@@ -1,22 +1,22 @@
 //! Folding the router: three linear maps without anything between them are one (MIDPO.md 1, "The router folds").
 
-use super::tensor_file::NamedTensor;
+use super::tensor_file::FileTensor;
 use super::{CheckpointError, FoldedGate};
 
 /// One gate as it was trained. The shapes chain; k0 is 512 and k1 is m in the authors' models.
 pub(crate) struct GateLayers {
     /// (k0, m).
-    pub(crate) w0: NamedTensor,
+    pub(crate) w0: FileTensor,
     /// (k0).
-    pub(crate) b0: NamedTensor,
+    pub(crate) b0: FileTensor,
     /// (k1, k0).
-    pub(crate) w1: NamedTensor,
+    pub(crate) w1: FileTensor,
     /// (k1).
-    pub(crate) b1: NamedTensor,
+    pub(crate) b1: FileTensor,
     /// (1, k1).
-    pub(crate) w2: NamedTensor,
+    pub(crate) w2: FileTensor,
     /// (1).
-    pub(crate) b2: NamedTensor,
+    pub(crate) b2: FileTensor,
 }
 
 /// Folds a gate: `a = w2 W1 W0` (m) and `a0 = w2 (W1 b0 + b1) + b2`, in f64, kept in f32.
@@ -57,7 +57,7 @@ pub(crate) fn fold_gate(layers: &GateLayers) -> Result<FoldedGate, CheckpointErr
 }
 
 /// `row` (k) times `matrix` (k, n): (n).
-fn times(row: &[f64], matrix: &NamedTensor) -> Vec<f64> {
+fn times(row: &[f64], matrix: &FileTensor) -> Vec<f64> {
     let columns = matrix.tensor.shape().last().copied().unwrap_or(0);
     let mut product = vec![0.0; columns];
     let values = matrix.tensor.to_f32();

@@ -20,20 +20,25 @@ mod pack;
 mod parallel;
 mod peft;
 mod pickle;
+mod plan;
 mod pth;
 mod rope;
 mod router;
+mod score;
 mod source;
 mod tensor;
 mod tensor_file;
 mod text_parts;
+pub mod write;
 
 use std::path::{Path, PathBuf};
 
 pub use config::{GenerationDefaults, LlamaConfig, RopeScaling};
 pub use error::CheckpointError;
 pub use pack::{Overwrite, pack};
+pub use plan::{load_expert, plan};
 pub use rope::rope_table;
+pub use score::{Normalizer, ScoreCheckpoint, ScoreType, load_score};
 pub use source::EmbeddedFiles;
 pub use tensor::{HostTensor, TensorBytes};
 
@@ -77,6 +82,9 @@ impl Sources {
         }
     }
 }
+/// A tensor as files hold it: name, row-major axes, numbers.
+pub type NamedTensor = (String, Vec<usize>, Vec<f32>);
+
 /// Everything that serving needs of a model, whichever files it came from.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {

@@ -15,7 +15,7 @@ use super::manifest::{self, Manifest, Part, Role};
 use super::source::Source;
 use super::{
     BaseKind, CheckpointError, HELPFULNESS, Loaded, SAFETY, Sources, fingerprint, hf, load_all,
-    peft, router, text_parts,
+    peft, router, text_parts, write,
 };
 
 /// What to do where the directory exists.
@@ -102,7 +102,7 @@ fn write_experts(
             parts.push(staging.copy(source, name, &target, Role::Expert)?);
         }
     }
-    staging.write(router::FOLDED, &router::write_folded(&experts.router)?)?;
+    staging.write(router::FOLDED, &write::folded(&experts.router)?)?;
     parts.push(staging.part(router::FOLDED, Role::Router)?);
     Ok(())
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::json::Object;
 use super::limits::{CONFIG_BYTES_MAX, RANK_MAX};
 use super::source::Source;
-use super::tensor_file::{NamedTensor, TensorFile, check_finite};
+use super::tensor_file::{FileTensor, TensorFile, check_finite};
 use super::{CheckpointError, Expert, ExpertLayer, LlamaConfig};
 
 /// Rank, scale, and what the LoRA is on.
@@ -29,11 +29,9 @@ pub(crate) fn load(source: &Source, base: &LlamaConfig) -> Result<Expert, Checkp
     }
     let mut tensors = TensorFile::safetensors(&source.path(WEIGHTS), &source.open(WEIGHTS)?)?;
     let (d, m) = (base.hidden_size, base.intermediate_size);
-    let mut taken: Vec<(NamedTensor, NamedTensor)> = Vec::new();
+    let mut taken: Vec<(FileTensor, FileTensor)> = Vec::new();
     for layer in 0..base.num_layers {
-        let name = |matrix: &str| {
-            format!("base_model.model.model.layers.{layer}.mlp.down_proj.{matrix}.weight")
-        };
+        let name = |matrix: &str| name(layer, matrix);
         let context = " (as adapter_config.json and the base say)";
         taken.push((
             tensors.take(&name("lora_A"), &[rank, m], context)?,
@@ -54,6 +52,11 @@ pub(crate) fn load(source: &Source, base: &LlamaConfig) -> Result<Expert, Checkp
         scale,
         layers,
     })
+}
+
+/// PEFT's name of a matrix.
+pub(super) fn name(layer: usize, matrix: &str) -> String {
+    format!("base_model.model.model.layers.{layer}.mlp.down_proj.{matrix}.weight")
 }
 
 /// r, and s of MIDPO.md 1; refuses every option of PEFT that makes the formula another one.

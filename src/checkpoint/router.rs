@@ -4,15 +4,15 @@
 use super::fold::{GateLayers, fold_gate};
 use super::pth;
 use super::source::Source;
-use super::tensor_file::{NamedTensor, TensorFile, check_finite, write_safetensors};
+use super::tensor_file::{FileTensor, TensorFile, check_finite};
 use super::{CheckpointError, FoldedGate, LlamaConfig, RouterLayer, parallel};
 
 /// What `midpo convert` writes: `layer_{i}_{alpha,beta}.weight` (m) and `.bias` (1), f32.
 pub(crate) const FOLDED: &str = "router_folded.safetensors";
 /// The authors' tensors, keys joined with a dot.
-const FLAT: &str = "router.safetensors";
+pub(crate) const FLAT: &str = "router.safetensors";
 /// What the authors' trainer saves.
-const TORCH: &str = "router.pth";
+pub(crate) const TORCH: &str = "router.pth";
 
 /// Which of a directory's files is the router: the folded one first, since it is the least to read.
 pub(crate) fn find(source: &Source) -> Result<&'static str, CheckpointError> {
@@ -35,12 +35,24 @@ pub(crate) fn load(
     base: &LlamaConfig,
 ) -> Result<Vec<RouterLayer>, CheckpointError> {
     let (file, bytes) = (source.path(name), source.open(name)?);
-    let mut tensors = if pth::is_torch(name, bytes.as_slice()) {
+    let tensors = if pth::is_torch(name, bytes.as_slice()) {
         pth::read(&file, &bytes)?
     } else {
         TensorFile::safetensors(&file, &bytes)?
     };
-    let gates: Vec<String> = (0..base.num_layers)
+    folded(tensors, base.num_layers, base.intermediate_size)
+}
+
+/// The folded gates of a router of `layers` layers on an MLP of width `m`.
+///
+/// # Errors
+/// [`CheckpointError`] names the tensor.
+pub(crate) fn folded(
+    mut tensors: TensorFile,
+    layers: usize,
+    m: usize,
+) -> Result<Vec<RouterLayer>, CheckpointError> {
+    let gates: Vec<String> = (0..layers)
         .flat_map(|layer| {
             [
                 format!("layer_{layer}_alpha"),
@@ -49,9 +61,9 @@ pub(crate) fn load(
         })
         .collect();
     let folded = if tensors.contains("layer_0_alpha.weight") {
-        read_folded(&mut tensors, &gates, base.intermediate_size)?
+        read_folded(&mut tensors, &gates, m)?
     } else {
-        fold_all(&mut tensors, &gates, base.intermediate_size)?
+        fold_all(&mut tensors, &gates, m)?
     };
     tensors.finish("the router of this base", |_| false)?;
     let mut folded = folded.into_iter();
@@ -63,24 +75,6 @@ pub(crate) fn load(
         });
     }
     Ok(layers)
-}
-
-/// The bytes of [`FOLDED`].
-///
-/// # Errors
-/// [`CheckpointError::Malformed`] when the gates' widths do not fit each other; loaded ones do.
-pub(crate) fn write_folded(layers: &[RouterLayer]) -> Result<Vec<u8>, CheckpointError> {
-    let mut tensors = Vec::new();
-    for (index, layer) in layers.iter().enumerate() {
-        for (word, gate) in [("alpha", &layer.safety), ("beta", &layer.helpfulness)] {
-            let name = format!("layer_{index}_{word}");
-            let width = vec![gate.weight.len()];
-            tensors.push((format!("{name}.weight"), width, gate.weight.as_slice()));
-            let bias = std::slice::from_ref(&gate.bias);
-            tensors.push((format!("{name}.bias"), vec![1], bias));
-        }
-    }
-    write_safetensors(FOLDED.as_ref(), &tensors)
 }
 
 fn read_folded(
@@ -151,7 +145,7 @@ fn take_matrix(
     tensors: &mut TensorFile,
     name: &str,
     columns: usize,
-) -> Result<(NamedTensor, usize), CheckpointError> {
+) -> Result<(FileTensor, usize), CheckpointError> {
     let found = tensors.take_any(name, &format!("shape [any, {columns}]"))?;
     let rows = found.tensor.shape().first().copied().unwrap_or(0).max(1);
     if found.tensor.shape() != [rows, columns] {

@@ -10,7 +10,7 @@ use ::safetensors::tensor::{Metadata, TensorInfo};
 use super::limits::HEADER_BYTES_MAX;
 use super::source::FileBytes;
 use super::tensor::{HostTensor, TensorBytes};
-use super::{CheckpointError, parallel};
+use super::{CheckpointError, NamedTensor, parallel};
 use crate::dtype::DType;
 
 /// Bytes that one thread scans for NaN at a time.
@@ -26,19 +26,29 @@ pub(crate) struct TensorFile {
 #[derive(Debug)]
 enum Entry {
     Usable(HostTensor),
+    /// One int64: a counter.
+    Integer(i64),
     /// In a format that no weight of ours has.
     Foreign(Dtype),
 }
 
 /// A tensor, and where it came from for messages.
 #[derive(Clone, Debug)]
-pub(crate) struct NamedTensor {
+pub(crate) struct FileTensor {
     /// Which file.
     pub(crate) file: PathBuf,
     /// Its name there.
     pub(crate) name: String,
     /// Its content.
     pub(crate) tensor: HostTensor,
+}
+
+impl FileTensor {
+    /// With its numbers widened.
+    pub(crate) fn into_named(self) -> NamedTensor {
+        let values = self.tensor.to_f32();
+        (self.name, self.tensor.shape().to_vec(), values)
+    }
 }
 
 impl TensorFile {
@@ -125,7 +135,7 @@ impl TensorFile {
     pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         match self.tensors.get(name)? {
             Entry::Usable(tensor) => Some(tensor.shape()),
-            Entry::Foreign(_) => None,
+            Entry::Integer(_) | Entry::Foreign(_) => None,
         }
     }
 
@@ -137,13 +147,17 @@ impl TensorFile {
         &mut self,
         name: &str,
         expected: &str,
-    ) -> Result<NamedTensor, CheckpointError> {
+    ) -> Result<FileTensor, CheckpointError> {
         match self.tensors.remove(name) {
-            Some(Entry::Usable(tensor)) => Ok(NamedTensor {
+            Some(Entry::Usable(tensor)) => Ok(FileTensor {
                 file: self.file.clone(),
                 name: name.to_owned(),
                 tensor,
             }),
+            Some(Entry::Integer(_)) => {
+                let reason = "expected F32, F16 or BF16, found I64";
+                Err(CheckpointError::tensor(&self.file, name, reason))
+            }
             Some(Entry::Foreign(dtype)) => {
                 let reason = format!("expected F32, F16 or BF16, found {dtype}");
                 Err(CheckpointError::tensor(&self.file, name, reason))
@@ -152,6 +166,25 @@ impl TensorFile {
                 file: self.file.clone(),
                 name: name.to_owned(),
                 expected: expected.to_owned(),
+            }),
+        }
+    }
+
+    /// Takes a tensor of one int64.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MissingTensor`], or [`CheckpointError::Tensor`] for another format or shape.
+    pub(crate) fn take_integer(&mut self, name: &str) -> Result<i64, CheckpointError> {
+        match self.tensors.remove(name) {
+            Some(Entry::Integer(value)) => Ok(value),
+            Some(_) => {
+                let reason = "expected one int64, found something else";
+                Err(CheckpointError::tensor(&self.file, name, reason))
+            }
+            None => Err(CheckpointError::MissingTensor {
+                file: self.file.clone(),
+                name: name.to_owned(),
+                expected: "one int64".to_owned(),
             }),
         }
     }
@@ -165,7 +198,7 @@ impl TensorFile {
         name: &str,
         shape: &[usize],
         context: &str,
-    ) -> Result<NamedTensor, CheckpointError> {
+    ) -> Result<FileTensor, CheckpointError> {
         let found = self.take_any(name, &format!("shape {shape:?}{context}"))?;
         if found.tensor.shape() != shape {
             return Err(CheckpointError::Shape {
@@ -198,14 +231,19 @@ impl TensorFile {
 }
 
 fn entry(bytes: &FileBytes, data_start: usize, info: &TensorInfo) -> Option<Entry> {
+    let start = data_start.checked_add(info.data_offsets.0)?;
+    let end = data_start.checked_add(info.data_offsets.1)?;
     let dtype = match info.dtype {
+        Dtype::I64 if info.shape.iter().product::<usize>() == 1 => {
+            let part = bytes.part(start..end)?;
+            let value = part.as_slice().first_chunk::<8>()?;
+            return Some(Entry::Integer(i64::from_le_bytes(*value)));
+        }
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::BF16 => DType::BF16,
         other => return Some(Entry::Foreign(other)),
     };
-    let start = data_start.checked_add(info.data_offsets.0)?;
-    let end = data_start.checked_add(info.data_offsets.1)?;
     let bytes = bytes.part(start..end)?;
     HostTensor::new(info.shape.clone(), dtype, bytes).map(Entry::Usable)
 }
@@ -215,7 +253,7 @@ fn entry(bytes: &FileBytes, data_start: usize, info: &TensorInfo) -> Option<Entr
 /// # Errors
 /// [`CheckpointError::Tensor`] names the first tensor with a NaN or an infinity.
 pub(crate) fn check_finite<'a>(
-    tensors: impl IntoIterator<Item = &'a NamedTensor>,
+    tensors: impl IntoIterator<Item = &'a FileTensor>,
 ) -> Result<(), CheckpointError> {
     let mut scans = Vec::new();
     for named in tensors {
@@ -242,37 +280,6 @@ pub(crate) fn check_finite<'a>(
         }
     })?;
     Ok(())
-}
-
-/// A safetensors file of f32 tensors: name, shape, values.
-///
-/// # Errors
-/// [`CheckpointError::Malformed`] with `file`, which only stands for the bytes, when a shape does not fit its values.
-pub(crate) fn write_safetensors(
-    file: &Path,
-    tensors: &[(String, Vec<usize>, &[f32])],
-) -> Result<Vec<u8>, CheckpointError> {
-    let malformed =
-        |error: ::safetensors::SafeTensorError| CheckpointError::malformed(file, error.to_string());
-    let bytes: Vec<Vec<u8>> = tensors
-        .iter()
-        .map(|(_, _, values)| {
-            values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect()
-        })
-        .collect();
-    let views = tensors
-        .iter()
-        .zip(&bytes)
-        .map(|((name, shape, _), bytes)| {
-            let view = ::safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), bytes)?;
-            Ok((name.as_str(), view))
-        })
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(malformed)?;
-    ::safetensors::serialize(views, None).map_err(malformed)
 }
 
 /// Bytes that were made here.

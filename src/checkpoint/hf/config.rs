@@ -18,7 +18,7 @@ const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 const DEFAULT_POSITIONS: usize = 2048;
 
 /// Reads and checks it. Ends of sequence are those of this file alone.
-pub(super) fn read(source: &Source) -> Result<LlamaConfig, CheckpointError> {
+pub(in crate::checkpoint) fn read(source: &Source) -> Result<LlamaConfig, CheckpointError> {
     let json = Object::parse(&source.path(FILE), &source.read(FILE, CONFIG_BYTES_MAX)?)?;
     check_architecture(&json)?;
     let vocab_size = json.count("vocab_size", 1..=VOCAB_MAX)?;

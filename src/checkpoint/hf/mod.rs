@@ -9,18 +9,23 @@ use std::collections::BTreeMap;
 use super::json::Object;
 use super::limits::{INDEX_BYTES_MAX, SHARDS_MAX};
 use super::source::{Source, is_inside};
-use super::tensor_file::{NamedTensor, TensorFile, check_finite};
+use super::tensor_file::{FileTensor, TensorFile, check_finite};
 use super::{
     BaseTensors, CheckpointError, GenerationDefaults, HostTensor, LayerTensors, LlamaConfig,
 };
 
 pub(crate) use config::FILE as CONFIG;
+pub(super) use config::read as read_config;
 pub(crate) use generation::FILE as GENERATION;
 
 /// The file of a model in one piece.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The index of a model in shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Old checkpoints keep the rotary frequencies under names that end so.
+pub(super) const ROTARY_COPY: &str = ".rotary_emb.inv_freq";
+const HEAD: &str = "lm_head.weight";
 
 /// What a Hugging Face directory holds, without its tokenizer.
 pub(crate) struct HfParts {
@@ -43,7 +48,10 @@ pub(crate) fn load(source: &Source) -> Result<HfParts, CheckpointError> {
     let generation = generation::read(source, &mut config)?;
     let (mut weights, weight_files) = Weights::open(source)?;
     let base = weights.take_base(source, &config)?;
-    weights.finish(&config)?;
+    weights.finish("a Llama of this configuration", |name| {
+        // Tied ones may keep a copy of the head.
+        name.ends_with(ROTARY_COPY) || (config.tie_word_embeddings && name == HEAD)
+    })?;
     check_finite(&base.all)?;
     Ok(HfParts {
         config,
@@ -54,7 +62,7 @@ pub(crate) fn load(source: &Source) -> Result<HfParts, CheckpointError> {
 }
 
 /// The tensors of all shards.
-struct Weights {
+pub(super) struct Weights {
     shards: Vec<TensorFile>,
     /// Which shard holds a tensor.
     holder: BTreeMap<String, usize>,
@@ -63,12 +71,12 @@ struct Weights {
 /// The base, and all its tensors once more in one list.
 struct Taken {
     tensors: BaseTensors,
-    all: Vec<NamedTensor>,
+    all: Vec<FileTensor>,
 }
 
 impl Weights {
     /// The shards, and the names of all files read.
-    fn open(source: &Source) -> Result<(Self, Vec<String>), CheckpointError> {
+    pub(super) fn open(source: &Source) -> Result<(Self, Vec<String>), CheckpointError> {
         if source.exists(SINGLE) {
             let names = vec![SINGLE.to_owned()];
             return Ok((Self::from_shards(source, &names)?, names));
@@ -124,12 +132,12 @@ impl Weights {
         Ok(())
     }
 
-    fn take(
+    pub(super) fn take(
         &mut self,
         name: &str,
         shape: &[usize],
         context: &str,
-    ) -> Result<NamedTensor, CheckpointError> {
+    ) -> Result<FileTensor, CheckpointError> {
         let index = self.holder.get(name).copied().unwrap_or(0);
         match self.shards.get_mut(index) {
             Some(shard) => shard.take(name, shape, context),
@@ -138,6 +146,18 @@ impl Weights {
                 file: INDEX.into(),
                 name: name.to_owned(),
                 expected: format!("shape {shape:?}{context}"),
+            }),
+        }
+    }
+
+    pub(super) fn take_integer(&mut self, name: &str) -> Result<i64, CheckpointError> {
+        let index = self.holder.get(name).copied().unwrap_or(0);
+        match self.shards.get_mut(index) {
+            Some(shard) => shard.take_integer(name),
+            None => Err(CheckpointError::MissingTensor {
+                file: INDEX.into(),
+                name: name.to_owned(),
+                expected: "one int64".to_owned(),
             }),
         }
     }
@@ -196,7 +216,7 @@ impl Weights {
         let lm_head = if config.tie_word_embeddings {
             None
         } else {
-            Some(take("lm_head.weight", &[vocab, d])?)
+            Some(take(HEAD, &[vocab, d])?)
         };
         let tensors = BaseTensors {
             embed_tokens,
@@ -208,15 +228,14 @@ impl Weights {
     }
 
     /// Refuses tensors that nobody took: a bias or a layer that we would leave out makes another model.
-    fn finish(self, config: &LlamaConfig) -> Result<(), CheckpointError> {
-        let harmless = |name: &str| {
-            // Old checkpoints keep the rotary frequencies, and tied ones may keep a copy of the head.
-            name.ends_with(".rotary_emb.inv_freq")
-                || (config.tie_word_embeddings && name == "lm_head.weight")
-        };
+    pub(super) fn finish(
+        self,
+        owner: &str,
+        harmless: impl Fn(&str) -> bool,
+    ) -> Result<(), CheckpointError> {
         self.shards
             .into_iter()
-            .try_for_each(|shard| shard.finish("a Llama of this configuration", harmless))
+            .try_for_each(|shard| shard.finish(owner, &harmless))
     }
 }
 
@@ -241,6 +260,43 @@ fn take_layer(
         up_proj: take("mlp.up_proj", &[m, d])?,
         down_proj: take("mlp.down_proj", &[d, m])?,
     })
+}
+
+/// Names and shapes of a trunk: all but the head.
+pub(super) fn trunk_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let (d, m) = (config.hidden_size, config.intermediate_size);
+    let q = config.num_heads * config.head_dim;
+    let kv = config.num_kv_heads * config.head_dim;
+    let mut shapes = vec![(
+        "model.embed_tokens.weight".to_owned(),
+        vec![config.vocab_size, d],
+    )];
+    for layer in 0..config.num_layers {
+        for (name, shape) in [
+            ("input_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![q, d]),
+            ("self_attn.k_proj", vec![kv, d]),
+            ("self_attn.v_proj", vec![kv, d]),
+            ("self_attn.o_proj", vec![d, q]),
+            ("post_attention_layernorm", vec![d]),
+            ("mlp.gate_proj", vec![m, d]),
+            ("mlp.up_proj", vec![m, d]),
+            ("mlp.down_proj", vec![d, m]),
+        ] {
+            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
+        }
+    }
+    shapes.push(("model.norm.weight".to_owned(), vec![d]));
+    shapes
+}
+
+/// Names and shapes of a base.
+pub(super) fn tensor_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let mut shapes = trunk_shapes(config);
+    if !config.tie_word_embeddings {
+        shapes.push((HEAD.to_owned(), vec![config.vocab_size, config.hidden_size]));
+    }
+    shapes
 }
 
 /// The distinct shards of an index, in order of name: plain names of files that are there.
