@@ -2,12 +2,14 @@
 
 use std::process::ExitCode;
 
+use super::train::INTERRUPTED;
 use crate::backend::BackendError;
 use crate::bench::BenchError;
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::model::ModelError;
 use crate::text::TextError;
+use crate::train::TrainError;
 
 /// Why a subcommand failed.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +44,9 @@ pub enum CliError {
     /// A bench.
     #[error(transparent)]
     Bench(#[from] BenchError),
+    /// Training.
+    #[error(transparent)]
+    Train(#[from] TrainError),
     /// Another server.
     #[error("{url}: {reason}")]
     Remote {
@@ -58,6 +63,10 @@ impl CliError {
         match self {
             Self::Config(_) | Self::Bench(BenchError::Flag { .. } | BenchError::Url { .. }) => {
                 ExitCode::from(2)
+            }
+            Self::Train(TrainError::Setting { .. } | TrainError::Config(_)) => ExitCode::from(2),
+            Self::Train(TrainError::Interrupted { .. } | TrainError::Stopped { .. }) => {
+                ExitCode::from(INTERRUPTED)
             }
             _ => ExitCode::FAILURE,
         }

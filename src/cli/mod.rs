@@ -14,6 +14,7 @@ mod logging;
 mod memory;
 pub mod reference;
 mod serve;
+mod train;
 mod version;
 
 use std::ffi::OsString;
@@ -37,6 +38,7 @@ Examples:
   midpo serve --model model.gguf --port 0              a plain Llama, on a port that the system chooses
   midpo chat                                           talk to the embedded demo in the terminal
   midpo convert --model BASE --safety S --helpfulness H --router router.pth --output packed
+  midpo train all --recipe recipe.toml                 base, reward, cost, experts, router: a pipeline from your own pairs
   midpo bench --concurrency 1,8,32 --svg sweep.svg     load on a running server, as a table and a picture
   midpo reference toml > midpo.toml                    every setting with its default
 
@@ -91,6 +93,11 @@ enum Command {
     ///
     /// The router is folded (to one vector a gate), every part is hashed, and `midpo serve --model DIR` loads the directory alone.
     Convert(Box<ConvertOptions>),
+    /// Train what is served: a base, reward and cost models, both experts, the router.
+    ///
+    /// One stage a subcommand, on one's own pairs, or all of them from a recipe. Ctrl-C saves a state; --resume goes on from it to
+    /// the same result.
+    Train(train::TrainArgs),
     /// Measure a server under load.
     ///
     /// Any server that speaks OpenAI's API. Prints a table in Markdown; writes JSON and SVG where asked.
@@ -158,6 +165,7 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
         Command::Serve(_) => serve::run(&ServeOptions::load(&sources()?)?),
         Command::Chat(_) => chat::run(&ChatOptions::load(&sources()?)?),
         Command::Convert(options) => convert::run(&options.load(&sources()?)?),
+        Command::Train(args) => train::run(&args, arguments),
         Command::Bench(args) => {
             bench::run(&args)?;
             Ok(ExitCode::SUCCESS)

@@ -74,30 +74,39 @@ impl<'a> Sources<'a> {
     /// # Errors
     /// A value of the file that has the wrong type.
     pub fn group<G: Group>(&self) -> Result<G, ConfigError> {
-        let parsed = G::from_arg_matches(self.matches).map_err(Box::new)?;
         let Some(file) = &self.file else {
-            return Ok(parsed);
+            return Ok(G::from_arg_matches(self.matches).map_err(Box::new)?);
         };
-        let all = to_dict(&parsed);
-        let written: Dict = all
-            .clone()
-            .into_iter()
-            .filter(|(key, _)| {
-                let source = self.matches.value_source(key);
-                matches!(
-                    source,
-                    Some(ValueSource::CommandLine | ValueSource::EnvVariable)
-                )
-            })
-            .collect();
         let toml = Figment::from(Toml::file_exact(file));
         let toml = G::TABLE.map_or(toml.clone(), |table| toml.focus(table));
-        Figment::from(Serialized::defaults(all))
-            .merge(toml)
-            .merge(Serialized::defaults(written))
-            .extract()
-            .map_err(|error| file_error(file, G::TABLE, error))
+        layered(self.matches, toml, file, G::TABLE)
     }
+}
+
+/// The values of one group: flags and environment of `matches` over `values`, which stand in `table` of `file`, over the defaults.
+pub(super) fn layered<G: Group>(
+    matches: &ArgMatches,
+    values: Figment,
+    file: &Path,
+    table: Option<&str>,
+) -> Result<G, ConfigError> {
+    let parsed = G::from_arg_matches(matches).map_err(Box::new)?;
+    let all = to_dict(&parsed);
+    let written: Dict = all
+        .clone()
+        .into_iter()
+        .filter(|(key, _)| {
+            matches!(
+                matches.value_source(key),
+                Some(ValueSource::CommandLine | ValueSource::EnvVariable)
+            )
+        })
+        .collect();
+    Figment::from(Serialized::defaults(all))
+        .merge(values)
+        .merge(Serialized::defaults(written))
+        .extract()
+        .map_err(|error| file_error(file, table, error))
 }
 
 impl ServeOptions {

@@ -5,6 +5,7 @@ mod error;
 mod load;
 mod options;
 pub mod reference;
+pub mod train;
 mod validate;
 mod values;
 

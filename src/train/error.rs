@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
 use crate::text::TextError;
 
 /// Why training stopped or did not start.
@@ -21,6 +22,50 @@ pub enum TrainError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// A line of a data file cannot be used.
+    #[error("{}: line {line}: {}expected {expected}, found {found}", file.display(), field_named(field))]
+    Line {
+        /// Which file.
+        file: PathBuf,
+        /// From 1.
+        line: usize,
+        /// Which field; empty: the line as a whole.
+        field: String,
+        /// What is legal.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// A setting is missing or cannot be used.
+    #[error("{stage}: `{key}`: expected {expected}, found {found}")]
+    Setting {
+        /// Of which stage.
+        stage: &'static str,
+        /// As in a recipe; as a flag, with dashes.
+        key: &'static str,
+        /// What is legal.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// A recipe, or a value in it.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A stage would write over something.
+    #[error(
+        "{}: exists already; --overwrite replaces it, --resume goes on with an interrupted run",
+        output.display()
+    )]
+    Exists {
+        /// What it would write.
+        output: PathBuf,
+    },
+    /// Somebody asked for the end before the first step.
+    #[error("{stage}: stopped before the first step; nothing is lost")]
+    Stopped {
+        /// The stage.
+        stage: String,
     },
     /// A value does not have the shape that it must have.
     #[error("{name}: expected {expected} numbers, found {found}")]
@@ -83,6 +128,14 @@ pub enum TrainError {
         /// Why.
         reason: String,
     },
+}
+
+fn field_named(field: &str) -> String {
+    if field.is_empty() {
+        String::new()
+    } else {
+        format!("`{field}`: ")
+    }
 }
 
 /// Lines of a batch that a message names at most.

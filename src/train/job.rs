@@ -103,3 +103,5 @@ pub enum Ended {
 pub const STATE: &str = "state.safetensors";
 /// The file of a run's metrics in its directory.
 pub const METRICS: &str = "metrics.jsonl";
+/// The file of a run's curves in its directory.
+pub const CURVES: &str = "curves.svg";

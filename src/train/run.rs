@@ -11,13 +11,13 @@ use sha2::{Digest, Sha256};
 
 use super::adamw::{Moments, Rate, clip_factor, norm};
 use super::batches::{Batches, parts};
-use super::job::{Ended, Job, Length, METRICS, Report, RunOptions, STATE, Watch};
+use super::job::{CURVES, Ended, Job, Length, METRICS, Report, RunOptions, STATE, Watch};
 use super::objective::{Gradients, Objective, Totals};
 use super::progress::{MetricsFile, Record, Smoothed};
 use super::schedule::Cosine;
 use super::state::{Progress, State};
 use super::workers::Workers;
-use super::{TrainError, files};
+use super::{TrainError, curves, files};
 
 /// The watched value that `stop_delta` looks at: mean of Delta over the batch.
 const DELTA: &str = "delta";
@@ -40,6 +40,8 @@ pub fn run<O: Objective>(
     watch.observer.started(job.name, run.schedule.steps, done);
     let ended = run.train(watch);
     watch.observer.finished();
+    let curves = curves::svg(job.name, run.metrics.records());
+    files::write(&job.directory.join(CURVES), curves.as_bytes())?;
     Ok(run.report(ended?))
 }
 

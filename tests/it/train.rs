@@ -3,4 +3,5 @@
 
 mod fixture;
 mod parity;
+mod pipeline;
 mod properties;

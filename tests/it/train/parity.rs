@@ -290,7 +290,7 @@ fn five_steps_of_adamw_are_the_goldens() {
 }
 
 /// What is served for every position of `ids`.
-fn served(checkpoint: &Checkpoint, ids: &[TokenId], variant: Variant) -> Positions {
+pub fn served(checkpoint: &Checkpoint, ids: &[TokenId], variant: Variant) -> Positions {
     let options = ModelOptions {
         rows: 64,
         logit_rows: 64,
