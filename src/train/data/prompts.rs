@@ -54,10 +54,11 @@ fn exchange(object: Map<String, Value>, line: usize) -> Result<Exchange, LineErr
 
 /// The field `prompt`: a user's words, or a list of messages.
 pub(super) fn prompt(object: &Map<String, Value>) -> Result<Vec<Message>, LineError> {
-    let value = field(object, "prompt", "a string or a list of messages", Some)?;
-    match value {
+    let expected = "a string or a list of {role, content}";
+    match field(object, "prompt", expected, Some)? {
         Value::String(words) => Ok(vec![message("user", words)]),
-        other => messages("prompt", other),
+        list @ Value::Array(_) => messages("prompt", list),
+        other => Err(LineError::new("prompt", expected, shown(other))),
     }
 }
 
@@ -78,5 +79,66 @@ pub(crate) fn message(role: &str, content: &str) -> Message {
         role: role.to_owned(),
         content: content.to_owned(),
         ..Message::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(line: Value) -> Result<Exchange, LineError> {
+        exchange(line.as_object().unwrap().clone(), 1)
+    }
+
+    #[test]
+    fn an_exchange_is_a_prompt_and_a_response_or_turns_of_which_the_last_answers() {
+        let plain = parse(json!({"prompt": "p", "response": "r"})).unwrap();
+        assert_eq!((plain.prompt.len(), plain.response.as_str()), (1, "r"));
+        let turns = json!([
+            {"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+        ]);
+        let chat = parse(json!({"messages": turns})).unwrap();
+        assert_eq!((chat.prompt.len(), chat.response.as_str()), (2, "a"));
+        let several = parse(json!({"prompt": turns, "response": "r"})).unwrap();
+        assert_eq!(several.prompt.len(), 3);
+    }
+
+    #[test]
+    fn what_is_no_exchange_names_its_field() {
+        let user = json!({"role": "user", "content": "u"});
+        let assistant = json!({"role": "assistant", "content": "a"});
+        for (line, field, expected) in [
+            (json!({"prompt": "p"}), "response", "a string"),
+            (json!({"response": "r"}), "prompt", "a string or a list"),
+            (
+                json!({"prompt": 3, "response": "r"}),
+                "prompt",
+                "a string or a list",
+            ),
+            (
+                json!({"prompt": [3], "response": "r"}),
+                "prompt",
+                "a list of {role",
+            ),
+            (
+                json!({"messages": [user]}),
+                "messages",
+                "an assistant's turn at the end",
+            ),
+            (
+                json!({"messages": [assistant]}),
+                "messages",
+                "a turn before",
+            ),
+            (json!({"messages": []}), "messages", "a list of {role"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.field, field);
+            assert!(error.expected.starts_with(expected), "{error:?}");
+        }
     }
 }

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use midpo::checkpoint::{self, Sources};
-use midpo::config::train::{Recipe, RecipeOverrides, SafetyStage, Stage};
+use midpo::config::train::{Recipe, RecipeOverrides, SafetyStage, SftStage, Stage};
 use midpo::train::stage::{self, AllOptions, How};
 use midpo::train::{METRICS, Observer, Record, Scorer, TrainError, Watch};
 use midpo::types::{TokenId, Variant};
@@ -282,6 +282,24 @@ fn a_recipe_makes_a_directory_that_serves_and_runs_only_what_is_not_current() {
     check_dual(&out, &notes);
     check_gates(&out, &notes);
     check_served(&out.join("model"));
+    for router in [
+        "router.pth",
+        "router.safetensors",
+        "router_folded.safetensors",
+    ] {
+        let parts = Sources {
+            safety: Some(out.join("safety")),
+            helpfulness: Some(out.join("helpfulness")),
+            router: Some(out.join("router").join(router)),
+            ..Sources::model(out.join("sft"))
+        };
+        let fingerprint = |sources| checkpoint::load(&sources).unwrap().fingerprint;
+        assert_eq!(
+            fingerprint(parts),
+            fingerprint(Sources::model(out.join("model"))),
+            "{router}"
+        );
+    }
 
     let again = run_all(&scratch).unwrap();
     assert_eq!(again.0.len(), 9);
@@ -345,6 +363,53 @@ fn check_served(directory: &Path) {
     for variant in [Variant::Routed, Variant::Safety, Variant::Helpfulness] {
         assert_ne!(logits(variant), base, "{variant:?}");
     }
+}
+
+/// Asks for the end in a step.
+struct StopAt<'a>(usize, &'a AtomicBool);
+
+impl Observer for StopAt<'_> {
+    fn started(&mut self, _: &str, _: usize, _: usize) {}
+    fn step(&mut self, record: &Record) {
+        self.1.store(record.step == self.0, Ordering::Relaxed);
+    }
+    fn finished(&mut self) {}
+    fn note(&mut self, _: &str) {}
+}
+
+#[test]
+fn an_interrupted_stage_goes_on_to_the_same_file() {
+    let scratch = toy();
+    let recipe = Recipe::load(&scratch.0.join("recipe.toml"), &RecipeOverrides::default()).unwrap();
+    let train = |output: &str, resume: bool, stop_at: usize| {
+        let mut options: SftStage = recipe.stage().unwrap();
+        options.output.output = Some(scratch.0.join(output));
+        options.training.epochs = 1;
+        let stop = AtomicBool::new(false);
+        let mut watch = Watch {
+            observer: &mut StopAt(stop_at, &stop),
+            stop: &stop,
+        };
+        let how = How {
+            resume,
+            overwrite: false,
+        };
+        stage::sft(&options, how, &mut watch)
+    };
+    let weights = |output: &str| fs::read(scratch.0.join(output).join("model.safetensors"));
+    train("whole", false, usize::MAX).unwrap();
+    let error = train("halves", false, 3).unwrap_err();
+    assert!(
+        matches!(error, TrainError::Interrupted { step: 3, .. }),
+        "{error}"
+    );
+    assert!(weights("halves").is_err());
+    assert_eq!(train("halves", true, usize::MAX).unwrap().steps, 8);
+    assert_eq!(weights("halves").unwrap(), weights("whole").unwrap());
+    assert!(matches!(
+        train("halves", true, usize::MAX),
+        Err(TrainError::Exists { .. })
+    ));
 }
 
 #[test]
