@@ -2,8 +2,8 @@
 //! files that `checkpoint` and the authors' pipeline read.
 //!
 //! [`stage`] is the way from files to files, one function a stage; [`data`] reads and encodes its examples. Beneath, a trainer is an
-//! [`Objective`] (what moves, and what is better) and the loop, which knows nothing else. candle lives in
-//! [`autograd`] alone: no type of it leaves that module, so that another engine can take its place.
+//! [`Objective`] (what moves, and what is better) and the loop, which knows nothing else. How gradients are computed is
+//! [`autograd`]'s alone, so that another engine can take its place.
 
 mod adamw;
 pub mod autograd;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use midpo::config::reference;
+use midpo::config::train::{Recipe, RecipeOverrides, RouterStage, SafetyStage};
 use midpo::metrics::{MetricKind, Metrics};
 
 fn read(path: &str) -> String {
@@ -339,6 +340,22 @@ fn commands_of_the_readme_are_real() {
             );
         }
     }
+}
+
+#[test]
+fn the_recipe_of_the_readme_loads() {
+    let readme = read("README.md");
+    let blocks = readme.split("```toml\n# recipe.toml").nth(1).unwrap();
+    let file = std::env::temp_dir().join(format!("midpo-readme-{}.toml", uuid::Uuid::new_v4()));
+    fs::write(&file, format!("#{}", blocks.split("```").next().unwrap())).unwrap();
+    let recipe = Recipe::load(&file, &RecipeOverrides::default()).unwrap();
+    fs::remove_file(&file).unwrap();
+    let safety: SafetyStage = recipe.stage().unwrap();
+    assert_eq!(safety.expert.stop_delta, Some(8.0));
+    assert!(safety.data.data.unwrap().ends_with("pairs.jsonl") && safety.cost.cost.is_some());
+    let router: RouterStage = recipe.stage().unwrap();
+    assert!(router.data.data.unwrap().ends_with("trained/dual.jsonl"));
+    assert_eq!(recipe.stages().count(), 7);
 }
 
 #[test]

@@ -16,6 +16,9 @@ pub struct Encoder {
     max_length: usize,
 }
 
+/// Tokens at a prompt's end that the beginning of an answer may change.
+const JOINED_MAX: usize = 3;
+
 /// What was cut off to fit the length.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cut {
@@ -101,6 +104,13 @@ impl Encoder {
         let mut ids = self.template.encode(&self.tokenizer, &chat)?;
         // Where the answer's first letters join the prompt's last token, that token counts as the answer's.
         let answer = common(&ids, start).max(1).min(ids.len());
+        if answer + JOINED_MAX < start.len() {
+            let found = start.len() - answer;
+            let message = format!(
+                "expected a chat with its answer to begin as the prompt that is served, found the prompt's last {found} tokens changed"
+            );
+            return Err(TextError::Template { message });
+        }
         self.end(&mut ids, answer);
         Ok(Sequence { ids, answer })
     }
@@ -207,6 +217,15 @@ mod tests {
             assert_eq!(answer.last(), Some(&TokenId(2)), "{end:?}");
             assert!(text(&encoder, answer).starts_with("Yes"), "{end:?}");
         }
+    }
+
+    #[test]
+    fn a_template_that_shows_a_prompt_otherwise_once_it_is_answered_is_refused() {
+        let template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\
+                        {% if add_generation_prompt %} Think first, then answer in one word: {% endif %}";
+        let error = encoder(Some(template), 512).sequence(&user("Hi"), "Yes");
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("tokens changed"), "{error}");
     }
 
     #[test]

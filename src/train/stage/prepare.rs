@@ -11,7 +11,7 @@ use crate::train::data::{BadLines, Cut, Encoder, Exchange, Lines, PairLine, comm
 use crate::train::workers::Workers;
 use crate::train::{Pair, ScorePair, Sequence, TrainError};
 
-/// Tasks between two looks at whether to stop.
+/// Tasks (lines, too) between two looks at whether to stop.
 const BLOCK: usize = 512;
 
 /// Examples of a file.
@@ -89,9 +89,12 @@ pub(super) fn examples<L: Line, I: Send>(
             ..Counts::default()
         },
     };
-    for (block, lines) in lines.items.chunks(BLOCK).enumerate() {
+    'file: for (block, lines) in lines.items.chunks(BLOCK).enumerate() {
         let outcomes = threads.map(lines, |line| Ok(encode(line)))?;
         for (index, (line, outcome)) in lines.iter().zip(outcomes).enumerate() {
+            if examples.items.len() >= limit {
+                break 'file;
+            }
             match outcome {
                 Ok(Outcome::Examples(items, cut)) => {
                     examples.push(items, cut, line.number(), block * BLOCK + index);
@@ -111,13 +114,11 @@ pub(super) fn examples<L: Line, I: Send>(
                 }
             }
         }
-        if examples.items.len() >= limit {
-            examples.items.truncate(limit);
-            examples.lines.truncate(limit);
-            examples.sources.truncate(limit);
-            break;
-        }
     }
+    // A line may have given several.
+    examples.items.truncate(limit);
+    examples.lines.truncate(limit);
+    examples.sources.truncate(limit);
     Ok(examples)
 }
 
