@@ -63,13 +63,14 @@ impl HostMatrix<'_> {
     }
 }
 
-/// In which format a backend keeps float weights. Block formats always stay as they are.
+/// In which format a backend keeps float weights. Block formats always stay as they are; what they are multiplied by differs
+/// ([`ops::MATMUL`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightFormat {
     /// As stored in the file.
     #[default]
     Stored,
-    /// Widened to f32.
+    /// Widened to f32. Block formats are widened too, exactly, as they are used, and meet x in f32.
     F32,
     /// Rounded to bf16 (to nearest, ties to even).
     BF16,

@@ -62,11 +62,35 @@ pub const RMS_NORM: Op = Op {
 /// Every linear map of the model, with the routed mix as an extension of K.
 pub const MATMUL: Op = Op {
     name: "matmul",
-    formula: "y (+)= [W | X] [x_k ; x_w]; X is the extension [s B_s | s B_h] (MIDPO.md 1), w = 0 without one",
+    formula: "y (+)= [W | X] [x_k ; x_w]; X is the extension [s B_s | s B_h] (MIDPO.md 1), w = 0 without one; a part of W in a block \
+              format meets quantise_block(x_k), unless the matrix was made with WeightFormat::F32",
     operands: &[("x", "n k+w"), ("w", "o k+w"), (">y", "n o")],
     layout: "W is stored by the backend as it likes; the sum of an element runs over k in a fixed order, whatever n",
     tolerance: SUMS,
 };
+
+/// Inputs that share a scale where x meets a block format; divides every block format's length.
+pub const INT8_BLOCK: usize = 32;
+/// A block whose magnitudes are all below this is 0: the inverse of its scale would overflow.
+pub const INT8_LEAST: f32 = 1e-30;
+
+/// Activations as a block format meets them: p = round(x * (127 / max|x|)), to nearest even, and the scale max|x| / 127, so that x is
+/// about scale * p. NaN where x is not finite.
+///
+/// ggml's kernels quantise x by the same rule (Q8_0, Q8_1), so its error is what that format's users know.
+pub fn quantise_block(x: &[f32; INT8_BLOCK], p: &mut [i8; INT8_BLOCK]) -> f32 {
+    let broken: f32 = x.iter().map(|x| x - x).sum();
+    let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    if most < INT8_LEAST {
+        p.fill(0);
+        return broken;
+    }
+    let inverse = 127.0 / most;
+    for (p, x) in p.iter_mut().zip(x) {
+        *p = (x * inverse).round_ties_even() as i8;
+    }
+    most / 127.0 + broken
+}
 
 /// Rotary embedding of q and k, and the new rows of the K/V cache.
 pub const ROPE_KV_WRITE: Op = Op {

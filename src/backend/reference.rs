@@ -5,7 +5,8 @@ use std::ops::Range;
 use half::bf16;
 
 use super::ops::{
-    Attention, Embed, GatherRows, Heads, MatMul, RmsNorm, RopeKvWrite, SiluMulExpertMix, bind_parts,
+    Attention, Embed, GatherRows, Heads, INT8_BLOCK, MatMul, RmsNorm, RopeKvWrite,
+    SiluMulExpertMix, bind_parts, quantise_block,
 };
 use super::step::HostStep;
 use super::{
@@ -53,6 +54,8 @@ pub struct WideMatrix {
     inputs: usize,
     extension_inputs: usize,
     values: Vec<f32>,
+    /// Of each output: whether it meets x in int8.
+    integers: Vec<bool>,
 }
 
 impl WideMatrix {
@@ -112,6 +115,20 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
         .sum()
 }
 
+/// x, its first `inputs` as [`quantise_block`] leaves them (what follows the last whole block is not theirs to change).
+fn quantised(x: &[f32], inputs: usize) -> Vec<f64> {
+    let mut wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+    let (blocks, _) = x[..inputs].as_chunks::<INT8_BLOCK>();
+    for (x, wide) in blocks.iter().zip(wide.chunks_exact_mut(INT8_BLOCK)) {
+        let mut p = [0; INT8_BLOCK];
+        let scale = f64::from(quantise_block(x, &mut p));
+        wide.iter_mut()
+            .zip(p)
+            .for_each(|(wide, p)| *wide = scale * f64::from(p));
+    }
+    wide
+}
+
 /// Rotates one head in place; `rope` is a row of the table.
 fn rotate(head: &mut [f32], rope: &[f32]) {
     let (low, high) = head.split_at_mut(rope.len() / 2);
@@ -162,6 +179,7 @@ impl Backend for Reference {
     ) -> Result<WideMatrix, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
         let mut values = Vec::with_capacity(outputs * (inputs + extension_inputs));
+        let mut integers = Vec::with_capacity(outputs);
         let mut widened = vec![0.0; inputs.max(extension_inputs)];
         for (output, (part, row)) in parts
             .iter()
@@ -174,6 +192,7 @@ impl Backend for Reference {
                     .iter_mut()
                     .for_each(|x| *x = bf16::from_f32(*x).to_f32());
             }
+            integers.push(part.dtype.is_quantised() && format != WeightFormat::F32);
             values.extend_from_slice(&widened[..inputs]);
             if let Some(extension) = &extension {
                 extension.widen_row(output, &mut widened[..extension_inputs]);
@@ -185,6 +204,7 @@ impl Backend for Reference {
             inputs,
             extension_inputs,
             values,
+            integers,
         })
     }
 
@@ -247,11 +267,23 @@ impl Backend for Reference {
     }
 
     fn matmul(&mut self, args: MatMul<'_, Self>) -> Result<(), BackendError> {
-        args.bind()?;
+        let axes = args.bind()?;
         for i in 0..args.n {
+            let x = args.x.row(i);
+            let quantised = quantised(x, axes.k);
             for (j, y) in args.y.row_mut(i).iter_mut().enumerate() {
                 let before = if args.add { f64::from(*y) } else { 0.0 };
-                *y = (before + dot(args.x.row(i), args.w.row(j))) as f32;
+                let product = match args.w.integers[j] {
+                    true => args
+                        .w
+                        .row(j)
+                        .iter()
+                        .zip(&quantised)
+                        .map(|(w, x)| f64::from(*w) * x)
+                        .sum(),
+                    false => dot(x, args.w.row(j)),
+                };
+                *y = (before + product) as f32;
             }
         }
         Ok(())

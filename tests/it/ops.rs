@@ -260,13 +260,12 @@ fn matmul_cases() -> Vec<MatMulCase> {
                 // The last crosses a block of inputs.
                 let w = [0, 1, 34, 300][(i + j) % 4];
                 let parts = [(o, dtype)];
-                cases.push(MatMulCase::new(
-                    random,
-                    &parts,
-                    (k, w),
-                    n,
-                    WeightFormat::Stored,
-                ));
+                // Block formats meet x in int8, or widened.
+                let format = match (block, (i + j) % 3) {
+                    (1, _) | (_, 1..) => WeightFormat::Stored,
+                    _ => WeightFormat::F32,
+                };
+                cases.push(MatMulCase::new(random, &parts, (k, w), n, format));
             }
         }
     }
@@ -298,6 +297,43 @@ fn matmul_matches_the_reference_whatever_the_format_shape_threads_and_rows() {
                 assert_close(&label, ops::MATMUL.tolerance.f32, &got, &want);
                 let first = first.get_or_insert_with(|| got.clone());
                 assert_same_bits(&label, &got, first);
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_meets_block_formats_with_x_of_any_magnitude() {
+    let mut cpus = cpus();
+    let random = &mut Random(3);
+    for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_quantised()) {
+        let mut case = MatMulCase::new(random, &[(33, dtype)], (512, 0), 5, WeightFormat::Stored);
+        let rows = [1e-38, 1e-29, 1e-3, 1e20];
+        for (x, scale) in case.x.chunks_exact_mut(512).zip(rows) {
+            x.iter_mut().for_each(|x| *x *= scale);
+        }
+        // The last row: one block of zeros, one of a single number, then one that must not be hidden.
+        let last = &mut case.x[4 * 512..];
+        last[..64].fill(0.0);
+        last[40] = -7.0;
+        case.y.fill(0.0);
+        let want = case.run(&mut Reference);
+        for cpu in cpus.iter_mut().flatten() {
+            let got = case.run(cpu);
+            for (row, (got, want)) in got.chunks_exact(33).zip(want.chunks_exact(33)).enumerate() {
+                let label = format!("matmul {} {dtype:?} row {row}", label(cpu));
+                assert_close(&label, ops::MATMUL.tolerance.f32, got, want);
+            }
+        }
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            case.x[3] = poison;
+            for cpu in cpus.iter_mut().flatten() {
+                let got = case.run(cpu);
+                assert!(got[..33].iter().all(|y| y.is_nan()), "{dtype:?} {poison}");
+                assert!(
+                    got[33..].iter().all(|y| y.is_finite()),
+                    "{dtype:?} {poison}"
+                );
             }
         }
     }

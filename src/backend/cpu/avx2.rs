@@ -35,6 +35,8 @@ impl Simd for Avx2 {
     type F = [__m256; 2];
     type I = [__m256i; 2];
     const ACCUMULATORS: usize = 6;
+    const INTEGER_ROWS: usize = 4;
+    const SIGNED_OFFSET: i32 = 0;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
@@ -216,6 +218,80 @@ impl Simd for Avx2 {
                 _mm256_slli_epi32::<BITS>(a[1]),
             ]
         }
+    }
+
+    #[inline(always)]
+    fn sar<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            [
+                _mm256_srai_epi32::<BITS>(a[0]),
+                _mm256_srai_epi32::<BITS>(a[1]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const u8) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            [
+                _mm256_loadu_si256(from.cast()),
+                _mm256_loadu_si256(from.add(32).cast()),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, x: Self::I) {
+        // SAFETY: see above the impl.
+        unsafe {
+            // Packing works within halves of a register: the permutation puts them in order.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(x[0], x[1]));
+            let (low, high) = (
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(to.cast(), _mm_packs_epi16(low, high));
+        }
+    }
+
+    // Sums are sixteen i16 a register, two neighbours a lane.
+    #[inline(always)]
+    fn dot_small(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            [
+                _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(w[0], x[0])),
+                _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(w[1], x[1])),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn whole(self, sums: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe {
+            let one = _mm256_set1_epi16(1);
+            [
+                _mm256_madd_epi16(sums[0], one),
+                _mm256_madd_epi16(sums[1], one),
+            ]
+        }
+    }
+
+    // The instruction multiplies unsigned bytes by signed ones: the signs of w go to x.
+    #[inline(always)]
+    fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        let half = |i: usize| {
+            // SAFETY: see above the impl.
+            unsafe {
+                let (w, x) = (_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x[i], w[i]));
+                let pairs = _mm256_maddubs_epi16(w, x);
+                _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            }
+        };
+        [half(0), half(1)]
     }
 
     #[inline(always)]

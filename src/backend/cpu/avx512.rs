@@ -1,4 +1,4 @@
-//! [`Simd`] in one 512-bit register.
+//! [`Simd`] in one 512-bit register. Processors with AVX-512 but without its byte products (VNNI) use AVX2.
 
 #![allow(unsafe_code)]
 
@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::avx2::Avx2;
 use super::simd::{Kernel, Simd};
 
-/// Proof of AVX-512F, and of AVX2's set.
+/// Proof of AVX-512F, BW and VNNI, and of AVX2's set.
 #[derive(Clone, Copy)]
 pub struct Avx512(());
 
@@ -15,25 +15,30 @@ impl Avx512 {
     /// The proof, if the processor has them all.
     #[inline]
     pub fn detect() -> Option<Self> {
-        let here = is_x86_feature_detected!("avx512f") && Avx2::detect().is_some();
+        let here = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni")
+            && Avx2::detect().is_some();
         here.then_some(Self(()))
     }
 }
 
 /// # Safety
 /// The processor must have the features named.
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 #[inline(never)]
 unsafe fn start<K: Kernel>(simd: Avx512, kernel: K) {
     kernel.run(simd);
 }
 
-// Every `unsafe` below is a call of an intrinsic of AVX-512F, which the processor has since `self` exists; where it takes a
+// Every `unsafe` below is a call of an intrinsic of AVX-512F or VNNI, which the processor has since `self` exists; where it takes a
 // pointer, the caller's contract makes it good for 16 items.
 impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     const ACCUMULATORS: usize = 24;
+    const INTEGER_ROWS: usize = 8;
+    const SIGNED_OFFSET: i32 = 128;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
@@ -177,6 +182,42 @@ impl Simd for Avx512 {
     fn shl<const BITS: i32>(self, a: Self::I) -> Self::I {
         // SAFETY: see above the impl.
         unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(BITS)) }
+    }
+
+    #[inline(always)]
+    fn sar<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_sra_epi32(a, _mm_cvtsi32_si128(BITS)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const u8) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, x: Self::I) {
+        // SAFETY: see above the impl.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtsepi32_epi8(x)) }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_dpbusd_epi32(sums, w, x) }
+    }
+
+    #[inline(always)]
+    fn whole(self, sums: Self::I) -> Self::I {
+        sums
+    }
+
+    // The instruction multiplies unsigned bytes by signed ones: w + 128 is w with its highest bit turned.
+    #[inline(always)]
+    fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_dpbusd_epi32(sums, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x) }
     }
 
     #[inline(always)]

@@ -199,6 +199,8 @@ impl Context<'_> {
             y,
             y_stride: stride,
             add: false,
+            // E is f32 or bf16.
+            blocks: &[],
         };
         // SAFETY: h of this split was just written by this chunk; y has room for the rows' outputs of E, for this chunk alone.
         unsafe { gemm::multiply(simd, &product, widened) }

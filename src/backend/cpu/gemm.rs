@@ -1,4 +1,4 @@
-//! Matrix products over panels.
+//! Matrix products over panels. Panels of block formats meet x in int8 ([`super::int8`]), the others, and all extensions, in f32.
 //!
 //! One reduction order for every output: a single chain of fused multiply-adds over the inputs, ascending, then over the
 //! extension's. Lanes are outputs, so neither the number of rows, nor tiles, nor blocks of inputs (partial sums wait in `y`, f32
@@ -12,9 +12,11 @@
 
 use std::ops::Range;
 
+use super::int8;
 use super::pack::{Format, PackedMatrix, Panel};
 use super::simd::{Kernel, LANES, Simd, load_some, store_some};
 use crate::backend::Matrix;
+use crate::backend::ops::INT8_BLOCK;
 
 /// Inputs in a block; a multiple of every format's unit.
 const BLOCK: usize = 256;
@@ -61,6 +63,8 @@ pub struct Product<'a> {
     pub y_stride: usize,
     /// Sums start from y instead of 0.
     pub add: bool,
+    /// x quantised, (rows, inputs / 32), where a panel needs it; `inputs` are then all of the matrix's.
+    pub blocks: &'a [int8::Block],
 }
 
 // SAFETY: the pointers are used under the contract of `multiply`, which the maker of the product upholds for its thread.
@@ -83,6 +87,107 @@ impl Kernel for Multiply<'_> {
 /// Rows of x must be readable for the inputs used, rows of y writable in the panels' outputs, and nobody else may use the latter.
 #[inline(always)]
 pub unsafe fn multiply<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
+    let matrix = product.matrix;
+    let mut rest = product.panels.clone();
+    while let Some(first) = matrix.panels().get(rest.clone()).and_then(<[Panel]>::first) {
+        let integers = matrix.integers(first).is_some();
+        let alike = |panel: &&Panel| matrix.integers(panel).is_some() == integers;
+        let run = matrix.panels()[rest.clone()]
+            .iter()
+            .take_while(alike)
+            .count();
+        let product = Product {
+            panels: rest.start..rest.start + run,
+            ..product.clone()
+        };
+        // SAFETY: by contract.
+        unsafe {
+            match integers {
+                true => multiply_integers(simd, &product, scratch),
+                false => multiply_floats(simd, &product, scratch),
+            }
+        }
+        rest.start += run;
+    }
+}
+
+/// All panels in int8, then their extensions in f32.
+///
+/// # Safety
+/// As `multiply`; all panels meet x in int8.
+#[inline(always)]
+unsafe fn multiply_integers<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
+    let matrix = product.matrix;
+    let per_row = matrix.inputs() / INT8_BLOCK;
+    // Of every row of the product; a comparison a chunk.
+    assert!(product.blocks.len() >= product.rows.end * per_row);
+    assert!(product.inputs == (0..matrix.inputs()));
+    for first in product.rows.clone().step_by(ROW_BLOCK) {
+        let rows = first..product.rows.end.min(first + ROW_BLOCK);
+        for panel in &matrix.panels()[product.panels.clone()] {
+            let Some(quant) = matrix.integers(panel) else {
+                continue;
+            };
+            let tile = int8::Tile::<1> {
+                quant,
+                units: matrix.weights(panel),
+                count: matrix.inputs() / quant.unit_len(),
+                x: product.blocks.as_ptr(),
+                x_stride: per_row,
+                target: product.target(0, panel, panel.lanes, product.add),
+            };
+            integer_rows(simd, tile, &rows);
+        }
+    }
+    if product.extension {
+        for first in product.rows.clone().step_by(FEW_ROWS) {
+            let extension = Product {
+                inputs: 0..0,
+                rows: first..product.rows.end.min(first + FEW_ROWS),
+                add: true,
+                ..product.clone()
+            };
+            // SAFETY: by contract: no inputs but the extension's.
+            unsafe { multiply_floats(simd, &extension, scratch) };
+        }
+    }
+}
+
+/// All `rows` against the panel of `tile` (row 0's), in the largest tiles that the registers hold.
+#[inline(always)]
+fn integer_rows<S: Simd>(simd: S, tile: int8::Tile<1>, rows: &Range<usize>) {
+    let mut row = rows.start;
+    while row < rows.end {
+        row += match rows.end - row {
+            8.. if const { S::INTEGER_ROWS >= 8 } => integer_tile::<S, 8>(simd, tile, row),
+            4.. if const { S::INTEGER_ROWS >= 4 } => integer_tile::<S, 4>(simd, tile, row),
+            2.. if const { S::INTEGER_ROWS >= 4 } => integer_tile::<S, 2>(simd, tile, row),
+            _ => integer_tile::<S, 1>(simd, tile, row),
+        };
+    }
+}
+
+#[inline(always)]
+fn integer_tile<S: Simd, const R: usize>(simd: S, tile: int8::Tile<1>, row: usize) -> usize {
+    int8::Tile::<R> {
+        quant: tile.quant,
+        units: tile.units,
+        count: tile.count,
+        x: tile.x.wrapping_add(row * tile.x_stride),
+        x_stride: tile.x_stride,
+        target: Target {
+            y: tile.target.y.wrapping_add(row * tile.target.stride),
+            ..tile.target
+        },
+    }
+    .run(simd);
+    R
+}
+
+/// # Safety
+/// As `multiply`; all panels meet x in f32 (or no inputs at all).
+#[inline(always)]
+unsafe fn multiply_floats<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
     // SAFETY: by contract.
     unsafe {
         if const { S::ACCUMULATORS == 1 } {

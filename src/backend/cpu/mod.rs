@@ -12,6 +12,7 @@ mod avx2;
 mod avx512;
 mod experts;
 mod gemm;
+mod int8;
 pub mod limits;
 mod memory;
 #[cfg(target_arch = "aarch64")]
@@ -27,8 +28,8 @@ use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::ops::{
-    Attention, Embed, GatherRows, MatMul, RmsNorm, RopeKvWrite, SiluMulExpertMix, bind_read,
-    bind_write,
+    Attention, Embed, GatherRows, INT8_BLOCK, MatMul, MatMulAxes, RmsNorm, RopeKvWrite,
+    SiluMulExpertMix, bind_read, bind_write,
 };
 use super::{
     Backend, BackendError, HostMatrix, HostStep, KvShape, Matrix, Shaped, StepLayout, StepLimits,
@@ -73,6 +74,7 @@ struct Scratch {
 struct Shared {
     units: Vec<attention::Unit>,
     parts: Vec<f32>,
+    blocks: Vec<int8::Block>,
 }
 
 /// Multiply-adds, or numbers touched, that are not worth waking another thread.
@@ -116,6 +118,26 @@ impl Cpu {
             scratch,
             shared: Shared::default(),
         })
+    }
+
+    /// Quantises the rows of x that a product needs into the shared blocks; says how many those are.
+    fn quantise(&mut self, x: &[f32], axes: &MatMulAxes) -> usize {
+        let (n, stride, per_row) = (axes.n, axes.k + axes.w, axes.k / INT8_BLOCK);
+        let blocks = &mut self.shared.blocks;
+        if blocks.len() < n * per_row {
+            blocks.resize(n * per_row, int8::Block::ZERO);
+        }
+        let out = Parts::new(blocks);
+        split_rows(&self.pool, n, n * axes.k, &|rows| {
+            self.level.run(int8::Quantise {
+                x: &x[rows.start * stride..rows.end * stride],
+                stride,
+                inputs: axes.k,
+                // SAFETY: a row is one chunk's.
+                out: unsafe { out.slice(rows.start * per_row, rows.len() * per_row) },
+            });
+        });
+        n * per_row
     }
 
     /// Threads in use.
@@ -282,6 +304,10 @@ impl Backend for Cpu {
     fn matmul(&mut self, args: MatMul<'_, Self>) -> Result<(), BackendError> {
         let axes = args.bind()?;
         let panels = args.w.panels().len();
+        let blocks = match args.w.has_integers() {
+            true => self.quantise(&args.x.values, &axes),
+            false => 0,
+        };
         let (by_panels, by_rows) = matmul_chunks(&self.pool, args.w, axes.n);
         let whole = Product {
             matrix: args.w,
@@ -294,6 +320,7 @@ impl Backend for Cpu {
             y: args.y.values.as_mut_ptr(),
             y_stride: axes.o,
             add: args.add,
+            blocks: &self.shared.blocks[..blocks],
         };
         let row_chunks = axes.n.div_ceil(by_rows);
         let (level, scratch) = (self.level, &self.scratch);
@@ -332,7 +359,7 @@ impl Backend for Cpu {
 
     fn attention(&mut self, args: Attention<'_, Self>) -> Result<(), BackendError> {
         args.bind(args.step, args.cache.shape())?;
-        let Shared { units, parts } = &mut self.shared;
+        let Shared { units, parts, .. } = &mut self.shared;
         attention::units(args.step, args.heads, units);
         for scratch in &mut self.scratch {
             let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);

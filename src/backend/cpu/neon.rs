@@ -28,6 +28,8 @@ impl Simd for Neon {
     type F = [float32x4_t; 4];
     type I = [int32x4_t; 4];
     const ACCUMULATORS: usize = 6;
+    const INTEGER_ROWS: usize = 4;
+    const SIGNED_OFFSET: i32 = 0;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
@@ -182,6 +184,52 @@ impl Simd for Neon {
     fn shl<const BITS: i32>(self, a: Self::I) -> Self::I {
         // SAFETY: see above the impl.
         a.map(|a| unsafe { vshlq_s32(a, vdupq_n_s32(BITS)) })
+    }
+
+    #[inline(always)]
+    fn sar<const BITS: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        a.map(|a| unsafe { vshlq_s32(a, vdupq_n_s32(-BITS)) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const u8) -> Self::I {
+        // SAFETY: see above the impl.
+        std::array::from_fn(|i| unsafe { vreinterpretq_s32_u8(vld1q_u8(from.add(16 * i))) })
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, x: Self::I) {
+        // SAFETY: see above the impl.
+        unsafe {
+            let low = vcombine_s16(vqmovn_s32(x[0]), vqmovn_s32(x[1]));
+            let high = vcombine_s16(vqmovn_s32(x[2]), vqmovn_s32(x[3]));
+            vst1q_s8(to, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+        }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        self.dot_signed(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn whole(self, sums: Self::I) -> Self::I {
+        sums
+    }
+
+    // In instructions that every aarch64 has: products in i16, then sums of pairs of pairs.
+    #[inline(always)]
+    fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        std::array::from_fn(|i| {
+            // SAFETY: see above the impl.
+            unsafe {
+                let (w, x) = (vreinterpretq_s8_s32(w[i]), vreinterpretq_s8_s32(x[i]));
+                let low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+                let high = vpaddlq_s16(vmull_s8(vget_high_s8(w), vget_high_s8(x)));
+                vaddq_s32(sums[i], vpaddq_s32(low, high))
+            }
+        })
     }
 
     #[inline(always)]

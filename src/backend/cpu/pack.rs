@@ -78,6 +78,8 @@ pub struct PackedMatrix {
     inputs: usize,
     extension_inputs: usize,
     extension_format: Format,
+    /// Whether block formats meet x in int8.
+    integers: bool,
     panels: Vec<Panel>,
     bytes: Memory<u8>,
 }
@@ -161,9 +163,26 @@ impl PackedMatrix {
             inputs,
             extension_inputs,
             extension_format,
+            integers: format != WeightFormat::F32,
             panels,
             bytes,
         })
+    }
+
+    /// How a panel meets x in int8; `None` where it meets it in f32.
+    #[inline(always)]
+    pub fn integers(&self, panel: &Panel) -> Option<Quant> {
+        match panel.format {
+            Format::Quant(quant) if self.integers => Some(quant),
+            _ => None,
+        }
+    }
+
+    /// Whether any panel meets x in int8.
+    pub fn has_integers(&self) -> bool {
+        self.panels
+            .iter()
+            .any(|panel| self.integers(panel).is_some())
     }
 
     /// All panels, in order of their outputs.

@@ -1,6 +1,7 @@
 //! Block formats, interleaved for sixteen lanes: how a block of sixteen rows lies in a panel, and its exact widening.
 //!
-//! A unit is one block (32 or 256 inputs) of the panel's 16 rows, stored as arrays of 16 bytes or 16 f16, one lane a row:
+//! A unit is one block (32 or 256 inputs) of the panel's 16 rows, one lane a row. Four inputs of a lane lie together, so that
+//! a lane of 32 bits meets four bytes of x in one instruction: a quad, 16 lanes of four bytes.
 //!
 //! | array | bytes | holds |
 //! |---|---|---|
@@ -8,8 +9,8 @@
 //! | `minimum` | 32 | f16 minimum (of Q4_1, Q5_1, Q4_K, Q5_K) |
 //! | `group_scale` | 16 a group | K-quants: the group's integer scale |
 //! | `group_minimum` | 16 a group | Q4_K, Q5_K: the group's integer minimum |
-//! | `high` | 16 per 8 (5-bit) or 4 (6-bit) inputs | the bits above the nibble, lowest input first |
-//! | `low` | 16 per 2 inputs, or per input (Q8_0) | nibbles, the even input's low; or the byte |
+//! | `high` | a quad per 32 (5-bit) or 16 (6-bit) inputs | the bits above the nibble, the first quad's lowest |
+//! | `low` | a quad per 8 inputs, or per 4 (Q8_0) | nibbles, the even quad's low; or the byte |
 //!
 //! The values are bit-equal to [`DType::widen`]: the same f32 operations in the same order.
 
@@ -18,26 +19,36 @@
 use super::simd::{LANES, Simd};
 use crate::dtype::DType;
 
+/// Bytes of a quad.
+pub const QUAD: usize = 4 * LANES;
+
 /// How a block format lies in a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quant {
-    dtype: DType,
+    /// The format.
+    pub dtype: DType,
     /// Inputs that share an integer scale (K-quants), else the block.
-    group: usize,
+    pub group: usize,
     minimum: bool,
     /// Bits above the nibble: 0, 1 or 2; 4 says a whole signed byte.
     high_bits: usize,
     /// Subtracted from the integer.
-    offset: i32,
+    pub offset: i32,
 }
 
 /// Where the arrays of a unit start, in bytes.
-struct Layout {
-    minimum: usize,
-    group_scale: usize,
-    group_minimum: usize,
-    high: usize,
-    low: usize,
+#[derive(Clone, Copy)]
+pub struct Layout {
+    /// f16 minima.
+    pub minimum: usize,
+    /// Integer scales of the groups.
+    pub group_scale: usize,
+    /// Integer minima of the groups.
+    pub group_minimum: usize,
+    /// Bits above the nibbles.
+    pub high: usize,
+    /// Nibbles or bytes.
+    pub low: usize,
     end: usize,
 }
 
@@ -81,8 +92,9 @@ impl Quant {
         self.dtype.block_len() == 256
     }
 
+    /// Where its arrays start.
     #[inline(always)]
-    fn layout(self) -> Layout {
+    pub fn layout(self) -> Layout {
         let len = self.unit_len();
         let groups = if self.is_k_quant() {
             len / self.group
@@ -134,14 +146,15 @@ impl Quant {
             }
         }
         for (k, q) in q.iter().copied().enumerate() {
+            let (quad, byte) = (k / 4, 4 * lane + k % 4);
             if self.high_bits == 4 {
-                unit[at.low + k * LANES + lane] = q;
+                unit[at.low + quad * QUAD + byte] = q;
                 continue;
             }
-            unit[at.low + k / 2 * LANES + lane] |= (q & 0xf) << (4 * (k % 2));
+            unit[at.low + quad / 2 * QUAD + byte] |= (q & 0xf) << (4 * (quad % 2));
             if let Some(per_byte) = 8usize.checked_div(self.high_bits) {
-                unit[at.high + k / per_byte * LANES + lane] |=
-                    q >> 4 << (self.high_bits * (k % per_byte));
+                unit[at.high + quad / per_byte * QUAD + byte] |=
+                    q >> 4 << (self.high_bits * (quad % per_byte));
             }
         }
     }
@@ -168,13 +181,14 @@ impl Quant {
                 minimum = -(minimum * f32::from(unit[at.group_minimum + group]));
             }
         }
+        let (quad, byte) = (k / 4, 4 * lane + k % 4);
         if self.high_bits == 4 {
-            return scale * f32::from(unit[at.low + k * LANES + lane] as i8);
+            return scale * f32::from(unit[at.low + quad * QUAD + byte] as i8);
         }
-        let mut q = i32::from(unit[at.low + k / 2 * LANES + lane] >> (4 * (k % 2)) & 0xf);
+        let mut q = i32::from(unit[at.low + quad / 2 * QUAD + byte] >> (4 * (quad % 2)) & 0xf);
         if let Some(per_byte) = 8usize.checked_div(self.high_bits) {
-            let high = unit[at.high + k / per_byte * LANES + lane];
-            let high = high >> (self.high_bits * (k % per_byte)) & ((1 << self.high_bits) - 1);
+            let high = unit[at.high + quad / per_byte * QUAD + byte];
+            let high = high >> (self.high_bits * (quad % per_byte)) & ((1 << self.high_bits) - 1);
             q |= i32::from(high) << 4;
         }
         let product = (q - self.offset) as f32 * scale;
@@ -218,9 +232,12 @@ impl Quant {
         unsafe {
             let scale = simd.load_f16(unit.cast());
             let low = unit.add(self.layout().low);
-            for k in 0..self.unit_len() {
-                let q = simd.to_float(simd.load_i8(low.add(k * LANES).cast()));
-                simd.store(tile.add(k * LANES), simd.mul(scale, q));
+            for quad in 0..self.unit_len() / 4 {
+                let bytes = simd.load_quads(low.add(quad * QUAD));
+                let tile = tile.add(quad * 4 * LANES);
+                for (i, q) in signed_bytes(simd, bytes).into_iter().enumerate() {
+                    simd.store(tile.add(i * LANES), simd.mul(scale, simd.to_float(q)));
+                }
             }
         }
     }
@@ -259,22 +276,92 @@ impl Quant {
                     let integer = simd.load_u8(unit.add(at.group_minimum + group * LANES));
                     minimum = simd.mul(minimum, simd.to_float(integer));
                 }
-                // Eight inputs are one byte of fifth bits, two bytes of higher pairs, four of nibbles.
-                for eight in group * self.group / 8..(group + 1) * self.group / 8 {
-                    let low = unit.add(at.low + eight * 4 * LANES);
-                    let high = unit.add(at.high + eight * HIGH * LANES);
-                    let tile = tile.add(eight * 8 * LANES);
-                    let finish = Finish::<S, MINIMUM, K> {
+                let finish = Finish::<S, MINIMUM, K> {
+                    simd,
+                    offset: simd.splat_int(-self.offset),
+                    scale,
+                    minimum,
+                };
+                let first = group * self.group / 16;
+                for sixteen in first..first + self.group / 16 {
+                    let quads = Sixteen::<S, HIGH>::load(
                         simd,
-                        offset: simd.splat_int(-self.offset),
-                        scale,
-                        minimum,
-                    };
-                    eight_inputs::<S, HIGH, MINIMUM, K>(finish, low, high, tile);
+                        unit.add(at.low + sixteen * 2 * QUAD),
+                        unit.add(at.high + sixteen * HIGH / 2 * QUAD),
+                        sixteen % 2,
+                    );
+                    for (quad, bytes) in quads.0.into_iter().enumerate() {
+                        let tile = tile.add((sixteen * 4 + quad) * 4 * LANES);
+                        for (i, q) in bytes_of(simd, bytes).into_iter().enumerate() {
+                            simd.store(tile.add(i * LANES), finish.value(q));
+                        }
+                    }
                 }
             }
         }
     }
+}
+
+/// Four quads of unsigned bytes: sixteen inputs of nibbles with HIGH bits above them.
+pub struct Sixteen<S: Simd, const HIGH: usize>(pub [S::I; 4]);
+
+impl<S: Simd, const HIGH: usize> Sixteen<S, HIGH> {
+    /// `half` says whose turn it is among two that share a quad of fifth bits.
+    ///
+    /// # Safety
+    /// `low` is two quads, `high` one (if HIGH > 0).
+    #[inline(always)]
+    pub unsafe fn load(simd: S, low: *const u8, high: *const u8, half: usize) -> Self {
+        let nibbles = simd.splat_int(0x0f0f_0f0f);
+        // SAFETY: by contract.
+        let words = unsafe { [simd.load_quads(low), simd.load_quads(low.add(QUAD))] };
+        let mut quads = [
+            simd.and(words[0], nibbles),
+            simd.and(simd.shr::<4>(words[0]), nibbles),
+            simd.and(words[1], nibbles),
+            simd.and(simd.shr::<4>(words[1]), nibbles),
+        ];
+        if HIGH == 0 {
+            return Self(quads);
+        }
+        // SAFETY: by contract.
+        let mut bits = unsafe { simd.load_quads(high) };
+        if HIGH == 1 && half == 1 {
+            bits = simd.shr::<4>(bits);
+        }
+        let mask = simd.splat_int(if HIGH == 1 { 0x0101_0101 } else { 0x0303_0303 });
+        for quad in &mut quads {
+            *quad = simd.or(*quad, simd.shl::<4>(simd.and(bits, mask)));
+            bits = match HIGH {
+                1 => simd.shr::<1>(bits),
+                _ => simd.shr::<2>(bits),
+            };
+        }
+        Self(quads)
+    }
+}
+
+/// The bytes of a quad, lowest first.
+#[inline(always)]
+fn bytes_of<S: Simd>(simd: S, quad: S::I) -> [S::I; 4] {
+    let byte = simd.splat_int(0xff);
+    [
+        simd.and(quad, byte),
+        simd.and(simd.shr::<8>(quad), byte),
+        simd.and(simd.shr::<16>(quad), byte),
+        simd.shr::<24>(quad),
+    ]
+}
+
+/// As [`bytes_of`], signed.
+#[inline(always)]
+fn signed_bytes<S: Simd>(simd: S, quad: S::I) -> [S::I; 4] {
+    [
+        simd.sar::<24>(simd.shl::<24>(quad)),
+        simd.sar::<24>(simd.shl::<16>(quad)),
+        simd.sar::<24>(simd.shl::<8>(quad)),
+        simd.sar::<24>(quad),
+    ]
 }
 
 /// The float half of widening.
@@ -296,48 +383,6 @@ impl<S: Simd, const MINIMUM: bool, const K: bool> Finish<S, MINIMUM, K> {
         match K {
             true => simd.sub(product, self.minimum),
             false => simd.add(product, self.minimum),
-        }
-    }
-}
-
-/// # Safety
-/// `low` is 4 arrays of LANES bytes, `high` is HIGH, `tile` 8 of LANES numbers.
-#[inline(always)]
-unsafe fn eight_inputs<S: Simd, const HIGH: usize, const MINIMUM: bool, const K: bool>(
-    finish: Finish<S, MINIMUM, K>,
-    low: *const u8,
-    high: *const u8,
-    tile: *mut f32,
-) {
-    let simd = finish.simd;
-    let nibble = simd.splat_int(0xf);
-    // SAFETY: by contract.
-    unsafe {
-        let mut bits = [simd.splat_int(0); 2];
-        if HIGH >= 1 {
-            bits[0] = simd.load_u8(high);
-        }
-        if HIGH == 2 {
-            bits[1] = simd.load_u8(high.add(LANES));
-        }
-        for pair in 0..4 {
-            let byte = simd.load_u8(low.add(pair * LANES));
-            let mut even = simd.and(byte, nibble);
-            let mut odd = simd.shr::<4>(byte);
-            if HIGH == 1 {
-                let bit = simd.splat_int(1 << 4);
-                even = simd.or(even, simd.and(simd.shl::<4>(bits[0]), bit));
-                odd = simd.or(odd, simd.and(simd.shl::<3>(bits[0]), bit));
-                bits[0] = simd.shr::<2>(bits[0]);
-            }
-            if HIGH == 2 {
-                let two = simd.splat_int(3 << 4);
-                even = simd.or(even, simd.and(simd.shl::<4>(bits[pair / 2]), two));
-                odd = simd.or(odd, simd.and(simd.shl::<2>(bits[pair / 2]), two));
-                bits[pair / 2] = simd.shr::<4>(bits[pair / 2]);
-            }
-            simd.store(tile.add(2 * pair * LANES), finish.value(even));
-            simd.store(tile.add((2 * pair + 1) * LANES), finish.value(odd));
         }
     }
 }

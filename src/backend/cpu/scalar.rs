@@ -15,6 +15,13 @@ fn zip<T: Copy, U>(a: [T; LANES], b: [T; LANES], f: impl Fn(T, T) -> U) -> [U; L
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+/// The sum of four products of signed bytes.
+#[inline(always)]
+fn four_products(w: [u8; 4], x: [u8; 4]) -> i32 {
+    let product = |i: usize| i32::from(w[i] as i8) * i32::from(x[i] as i8);
+    product(0) + product(1) + product(2) + product(3)
+}
+
 /// 16 items, whatever their alignment.
 ///
 /// # Safety
@@ -34,6 +41,8 @@ impl Simd for Scalar {
     type F = [f32; LANES];
     type I = [i32; LANES];
     const ACCUMULATORS: usize = 1;
+    const INTEGER_ROWS: usize = 1;
+    const SIGNED_OFFSET: i32 = 0;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
@@ -157,6 +166,38 @@ impl Simd for Scalar {
     #[inline(always)]
     fn shl<const BITS: i32>(self, a: Self::I) -> Self::I {
         a.map(|a| a << BITS)
+    }
+
+    #[inline(always)]
+    fn sar<const BITS: i32>(self, a: Self::I) -> Self::I {
+        a.map(|a| a >> BITS)
+    }
+
+    #[inline(always)]
+    unsafe fn load_quads(self, from: *const u8) -> Self::I {
+        // SAFETY: by contract.
+        unsafe { read(from.cast::<[u8; 4]>()) }.map(i32::from_le_bytes)
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, x: Self::I) {
+        // SAFETY: by contract.
+        unsafe { to.cast::<[i8; LANES]>().write_unaligned(x.map(|x| x as i8)) }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        self.dot_signed(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn whole(self, sums: Self::I) -> Self::I {
+        sums
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        std::array::from_fn(|i| sums[i] + four_products(w[i].to_le_bytes(), x[i].to_le_bytes()))
     }
 
     #[inline(always)]

@@ -114,6 +114,10 @@ pub trait Simd: Copy {
     type I: Copy;
     /// Sums of 16 lanes that fit the registers beside operands: 1 (no tiles), 6 or 24.
     const ACCUMULATORS: usize;
+    /// Rows of a tile of integers that fit the registers.
+    const INTEGER_ROWS: usize;
+    /// What [`Simd::dot_signed`] takes each byte of `w` to be too large by.
+    const SIGNED_OFFSET: i32;
 
     /// Runs `kernel` in a function of its own.
     fn call<K: Kernel>(self, kernel: K);
@@ -181,6 +185,26 @@ pub trait Simd: Copy {
     fn shr<const BITS: i32>(self, a: Self::I) -> Self::I;
     /// Shift to the left by BITS.
     fn shl<const BITS: i32>(self, a: Self::I) -> Self::I;
+    /// Shift to the right by BITS, copies of the sign come in.
+    fn sar<const BITS: i32>(self, a: Self::I) -> Self::I;
+    /// 16 lanes of four bytes each, as they lie.
+    ///
+    /// # Safety
+    /// 64 bytes must be readable.
+    unsafe fn load_quads(self, from: *const u8) -> Self::I;
+    /// Writes 16 integers of a signed byte each.
+    ///
+    /// # Safety
+    /// 16 bytes must be writable.
+    unsafe fn store_i8(self, to: *mut i8, x: Self::I);
+    /// Adds each lane's sum of four products of bytes to `sums`: bytes of `w` below 128, those of `x` in -127..=127. What `sums`
+    /// holds only [`Simd::whole`] knows, and only while no half of four products' sums leaves an i16.
+    fn dot_small(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// The sums of [`Simd::dot_small`] as integers.
+    fn whole(self, sums: Self::I) -> Self::I;
+    /// Adds each lane's sum of four products of signed bytes, those of `x` in -127..=127, to the integers `sums`; a product's byte
+    /// of `w` may be too large by [`Simd::SIGNED_OFFSET`].
+    fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// Integers as floats.
     fn to_float(self, a: Self::I) -> Self::F;
     /// The bits of integers taken for floats.
@@ -297,6 +321,63 @@ pub fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    struct Dots<'a> {
+        small: &'a [u8; 4 * LANES],
+        signed: &'a [u8; 4 * LANES],
+        x: &'a [u8; 4 * LANES],
+        sums: &'a mut [[f32; LANES]; 2],
+        bytes: &'a mut [i8; LANES],
+    }
+
+    impl Kernel for Dots<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            // SAFETY: the arrays are quads.
+            let [small, signed, x] =
+                unsafe { [self.small, self.signed, self.x].map(|at| simd.load_quads(at.as_ptr())) };
+            let zero = simd.splat_int(0);
+            let sums = [
+                simd.whole(simd.dot_small(simd.dot_small(zero, small, x), small, x)),
+                simd.dot_signed(simd.splat_int(-S::SIGNED_OFFSET * 9), signed, x),
+            ];
+            *self.sums = sums.map(|sum| to_array(simd, simd.to_float(sum)));
+            // SAFETY: LANES bytes.
+            unsafe { simd.store_i8(self.bytes.as_mut_ptr(), simd.sar::<24>(x)) };
+        }
+    }
+
+    #[test]
+    fn products_of_bytes_are_exact_up_to_their_bounds() {
+        let small: [u8; 64] = std::array::from_fn(|i| [0, 1, 62, 63][i / 16]);
+        let signed: [u8; 64] = std::array::from_fn(|i| [128, 127, 255, 3][i % 4]);
+        // Each lane's sum of x is 9 for the check of SIGNED_OFFSET.
+        let x: [i8; 64] = std::array::from_fn(|i| [127, -127, 100, -91][(i + i / 4) % 4]);
+        let x = x.map(|x| x as u8);
+        for level in levels() {
+            let (mut sums, mut bytes) = ([[0.0; LANES]; 2], [0; LANES]);
+            level.run(Dots {
+                small: &small,
+                signed: &signed,
+                x: &x,
+                sums: &mut sums,
+                bytes: &mut bytes,
+            });
+            for lane in 0..LANES {
+                let product = |w: fn(u8) -> i32, at: &[u8]| -> i32 {
+                    let four = at[4 * lane..].iter().zip(&x[4 * lane..]).take(4);
+                    four.map(|(a, x)| w(*a) * i32::from(*x as i8)).sum()
+                };
+                let want = [
+                    2 * product(i32::from, &small),
+                    product(|w| i32::from(w as i8), &signed),
+                ];
+                let got = sums.map(|sums| sums[lane] as i32);
+                assert_eq!(got, want, "{level:?} lane {lane}");
+                assert_eq!(bytes[lane], x[4 * lane + 3] as i8, "{level:?} lane {lane}");
+            }
+        }
+    }
 
     struct Exp<'a>(&'a [f32], &'a mut Vec<f32>);
 
