@@ -98,7 +98,7 @@ pub struct ModelOptions {
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineOptions {
-    /// Format of float weights in memory. Quantised weights always stay as they are.
+    /// Format of float weights in memory. Quantised weights stay as they are; activations meet them in int8, with f32 exactly.
     #[arg(
         long,
         env = "MIDPO_DTYPE",

@@ -399,9 +399,16 @@ fn a_real_gguf_gives_transformers_numbers() {
         println!("MIDPO_TEST_GGUF names no file: nothing to test");
         return;
     };
+    let checkpoint = checkpoint::load(&Sources::model(path)).unwrap();
+    let mut exact = Runner::with_weights(cpu(), &checkpoint, WeightFormat::F32);
+    check_real_model(&mut exact, 1e-3, true);
+    // The model's README: activations in int8 move the log-probabilities by up to 0.15.
+    check_real_model(&mut Runner::new(cpu(), &checkpoint), 0.15, false);
+}
+
+fn check_real_model<B: Backend>(runner: &mut Runner<B>, tolerance: f64, greedy: bool) {
     let golden = std::fs::read(fixture("smollm2").join("golden.json")).unwrap();
     let golden: Value = serde_json::from_slice(&golden).unwrap();
-    let mut runner = Runner::new(cpu(), &checkpoint::load(&Sources::model(path)).unwrap());
     let vocabulary = runner.model.vocabulary();
     for case in golden["cases"].as_array().unwrap() {
         let ids = |key: &str| -> Vec<u32> { serde_json::from_value(case[key].clone()).unwrap() };
@@ -413,9 +420,12 @@ fn a_real_gguf_gives_transformers_numbers() {
             let (id, want) = (top[0].as_u64().unwrap() as usize, top[1].as_f64().unwrap());
             let got = f64::from(last[id]) - total.ln();
             assert!(
-                (got - want).abs() < 1e-3,
+                (got - want).abs() < tolerance,
                 "token {id}: log-probability {got}, not {want}"
             );
+        }
+        if !greedy {
+            continue;
         }
         // Where the two best logits are 0.01 apart, f32 sums in another order may choose the other: no case is that close.
         let want = ids("greedy_ids");
