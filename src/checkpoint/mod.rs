@@ -81,7 +81,43 @@ impl Sources {
             verify: Verify::default(),
         }
     }
+
+    /// With the experts and the router of one directory, as `midpo train all` leaves them: `safety/`, `helpfulness/`, and a router
+    /// there or in `router/`.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Malformed`] names all that is missing.
+    pub fn with_experts(self, directory: &Path) -> Result<Self, CheckpointError> {
+        let source = Source::directory(directory);
+        let expert = |name: &str| source.inside(name).exists(peft::CONFIG);
+        let router = [directory.to_path_buf(), directory.join(ROUTER)]
+            .into_iter()
+            .find(|place| router::find(&Source::directory(place)).is_ok());
+        let missing: Vec<&str> = [
+            (expert(SAFETY), "safety/adapter_config.json"),
+            (expert(HELPFULNESS), "helpfulness/adapter_config.json"),
+            (router.is_some(), "a router"),
+        ]
+        .into_iter()
+        .filter_map(|(is_there, name)| (!is_there).then_some(name))
+        .collect();
+        if !missing.is_empty() {
+            let reason = format!(
+                "expected safety/, helpfulness/ and a router ({}) here or in {ROUTER}/; missing: {}",
+                router::NAMES.join(", "),
+                missing.join(", ")
+            );
+            return Err(CheckpointError::malformed(directory, reason));
+        }
+        Ok(Self {
+            safety: Some(directory.join(SAFETY)),
+            helpfulness: Some(directory.join(HELPFULNESS)),
+            router,
+            ..self
+        })
+    }
 }
+
 /// A tensor as files hold it: name, row-major axes, numbers.
 pub type NamedTensor = (String, Vec<usize>, Vec<f32>);
 
@@ -260,10 +296,12 @@ pub fn load_embedded(name: &str, files: EmbeddedFiles) -> Result<Checkpoint, Che
     load_directory(source, experts).map(|loaded| loaded.checkpoint)
 }
 
-/// Directory of the safety expert in a packed checkpoint.
+/// Directory of the safety expert among all experts, and in a packed checkpoint.
 const SAFETY: &str = "safety";
-/// Directory of the helpfulness expert in a packed checkpoint.
+/// Directory of the helpfulness expert, likewise.
 const HELPFULNESS: &str = "helpfulness";
+/// Directory of the router among all experts, where it is not beside them.
+const ROUTER: &str = "router";
 
 impl ExpertFiles {
     /// Those of a packed or embedded checkpoint.

@@ -14,9 +14,12 @@ pub(crate) const FLAT: &str = "router.safetensors";
 /// What the authors' trainer saves.
 pub(crate) const TORCH: &str = "router.pth";
 
-/// Which of a directory's files is the router: the folded one first, since it is the least to read.
+/// What a router may come in, the least to read first.
+pub(crate) const NAMES: [&str; 3] = [FOLDED, FLAT, TORCH];
+
+/// Which of a directory's files is the router: the first of [`NAMES`].
 pub(crate) fn find(source: &Source) -> Result<&'static str, CheckpointError> {
-    [FOLDED, FLAT, TORCH]
+    NAMES
         .into_iter()
         .find(|name| source.exists(name))
         .ok_or_else(|| {

@@ -19,7 +19,7 @@ use crate::bench::{
 use crate::checkpoint::{
     Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, LlamaConfig, RouterLayer,
 };
-use crate::config::ModelSource;
+use crate::config;
 use crate::dtype::DType;
 use crate::model::{ModelOptions, RoutedLlama};
 use crate::random::SplitMix64;
@@ -39,6 +39,9 @@ pub struct EngineArgs {
     /// speed does not depend on their values.
     #[arg(long)]
     pub(super) engine: bool,
+    /// Directory of both experts and the router, instead of the three flags below.
+    #[arg(long, value_name = "DIR", requires = "engine")]
+    experts: Option<PathBuf>,
     /// PEFT directory of the safety expert.
     #[arg(long, value_name = "DIR", requires = "engine")]
     safety: Option<PathBuf>,
@@ -189,12 +192,14 @@ pub(super) fn run(
     args: &EngineArgs,
 ) -> Result<EngineReport, CliError> {
     let begun = Instant::now();
-    let checkpoint = engine::load(&ModelSource {
+    let source = config::ModelOptions {
         model: model.map(PathBuf::from),
+        experts: args.experts.clone(),
         safety: args.safety.clone(),
         helpfulness: args.helpfulness.clone(),
         router: args.router.clone(),
-    })?;
+    };
+    let checkpoint = engine::load(&source.validate()?)?;
     let read_seconds = begun.elapsed().as_secs_f64();
     let served = args.with_server.then(|| engine::served_model(&checkpoint));
     let subject = Subject {

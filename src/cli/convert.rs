@@ -11,7 +11,7 @@ use crate::config::{ConfigError, ConvertOptions};
 pub(super) fn run(options: &ConvertOptions) -> Result<ExitCode, CliError> {
     let source = options.model.validate()?;
     logging::start(&options.log)?;
-    let sources = engine::sources(&source).ok_or_else(|| ConfigError::Value {
+    let sources = engine::sources(&source)?.ok_or_else(|| ConfigError::Value {
         origin: "--model".to_owned(),
         key: "model".to_owned(),
         expected: "the base to pack".to_owned(),

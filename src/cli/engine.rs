@@ -63,21 +63,31 @@ pub(super) fn start(
 
 /// The files of `source`, read and checked.
 pub(super) fn load(source: &ModelSource) -> Result<Checkpoint, CliError> {
-    Ok(match sources(source) {
+    Ok(match sources(source)? {
         Some(sources) => checkpoint::load(&sources)?,
         None => demo::load()?,
     })
 }
 
 /// `None`: the embedded demo.
-pub(super) fn sources(source: &ModelSource) -> Option<Sources> {
-    Some(Sources {
-        model: source.model.clone()?,
+///
+/// # Errors
+/// A directory of experts that lacks one.
+pub(super) fn sources(source: &ModelSource) -> Result<Option<Sources>, CliError> {
+    let Some(model) = source.model.clone() else {
+        return Ok(None);
+    };
+    let sources = Sources {
+        model,
         safety: source.safety.clone(),
         helpfulness: source.helpfulness.clone(),
         router: source.router.clone(),
         verify: Verify::default(),
-    })
+    };
+    Ok(Some(match &source.experts {
+        Some(directory) => sources.with_experts(directory)?,
+        None => sources,
+    }))
 }
 
 fn backend(runtime: &RuntimeConfig) -> Result<Cpu, CliError> {

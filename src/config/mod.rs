@@ -143,6 +143,8 @@ impl Policy {
 pub struct ModelSource {
     /// Directory or GGUF file; `None`: the embedded demo.
     pub model: Option<PathBuf>,
+    /// Directory of both experts and the router, instead of the three below.
+    pub experts: Option<PathBuf>,
     /// PEFT directory of the safety expert.
     pub safety: Option<PathBuf>,
     /// PEFT directory of the helpfulness expert.

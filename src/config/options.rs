@@ -83,6 +83,10 @@ pub struct ModelOptions {
     /// embedded demo is served.
     #[arg(long, env = "MIDPO_MODEL", value_name = "DIR|FILE.gguf")]
     pub model: Option<PathBuf>,
+    /// Directory of both experts and the router: `safety`, `helpfulness`, and a router there or in `router`, as `midpo train all`
+    /// leaves them. Instead of the three settings below.
+    #[arg(long, env = "MIDPO_EXPERTS", value_name = "DIR")]
+    pub experts: Option<PathBuf>,
     /// PEFT directory of the safety expert. Needs --helpfulness and --router.
     #[arg(long, env = "MIDPO_SAFETY", value_name = "DIR")]
     pub safety: Option<PathBuf>,

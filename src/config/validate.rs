@@ -143,7 +143,7 @@ impl ServeOptions {
 
 impl ModelOptions {
     /// # Errors
-    /// Experts without a router, a router without experts, or experts without a base.
+    /// Experts without a router, a router without experts, experts without a base, or experts named in both ways.
     pub fn validate(&self) -> Result<ModelSource, ConfigError> {
         let parts = [
             ("safety", &self.safety),
@@ -159,12 +159,18 @@ impl ModelOptions {
             );
             return Err(ConfigError::flag(missing, expected, "none"));
         }
-        if self.model.is_none() && !given.is_empty() {
+        if let (Some(_), Some((given, _))) = (&self.experts, given.first()) {
+            let expected =
+                format!("none, because --{given} is set: one names all parts, the other each");
+            return Err(ConfigError::flag("experts", expected, "both"));
+        }
+        if self.model.is_none() && (self.experts.is_some() || !given.is_empty()) {
             let expected = "the base that the experts belong to";
             return Err(ConfigError::flag("model", expected, "none"));
         }
         Ok(ModelSource {
             model: self.model.clone(),
+            experts: self.experts.clone(),
             safety: self.safety.clone(),
             helpfulness: self.helpfulness.clone(),
             router: self.router.clone(),
@@ -398,6 +404,22 @@ mod tests {
                 &["--safety", "s", "--helpfulness", "h", "--router", "r"],
                 &["--model"],
             ),
+            (
+                &[
+                    "--model",
+                    "m",
+                    "--experts",
+                    "e",
+                    "--safety",
+                    "s",
+                    "--helpfulness",
+                    "h",
+                    "--router",
+                    "r",
+                ],
+                &["--experts", "--safety"],
+            ),
+            (&["--experts", "e"], &["--model"]),
             (
                 &["--served-model-name", "a:b"],
                 &["--served-model-name", "colon"],

@@ -18,10 +18,10 @@ fn fixtures() -> PathBuf {
 }
 
 /// A directory of its own, removed with everything in it.
-struct Scratch(PathBuf);
+pub struct Scratch(pub PathBuf);
 
 impl Scratch {
-    fn new() -> Self {
+    pub fn new() -> Self {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let name = format!(
             "midpo-checkpoint-{}-{}",
@@ -34,7 +34,7 @@ impl Scratch {
     }
 
     /// With a copy of a fixture's directory inside.
-    fn of(fixture: &str) -> (Self, PathBuf) {
+    pub fn of(fixture: &str) -> (Self, PathBuf) {
         let scratch = Self::new();
         let model = scratch.0.join("model");
         copy_directory(&fixtures().join(fixture), &model);
@@ -75,7 +75,7 @@ fn load_fixture(name: &str) -> Checkpoint {
     load(&routed(&fixtures().join(name))).unwrap()
 }
 
-fn assert_same(a: &Checkpoint, b: &Checkpoint) {
+pub fn assert_same(a: &Checkpoint, b: &Checkpoint) {
     assert_eq!(a.config, b.config);
     assert_eq!(a.generation, b.generation);
     assert_eq!(a.text.tokenizer_json, b.text.tokenizer_json);
@@ -193,6 +193,39 @@ fn load_without_experts_is_a_plain_llama_and_with_some_of_them_is_refused() {
             matches!(error, CheckpointError::PartialExperts { missing, .. } if missing.contains(word))
         );
     }
+}
+
+#[test]
+fn experts_of_one_directory_are_found_and_what_is_missing_is_named() {
+    let (scratch, model) = Scratch::of("tiny-hostile/good");
+    let base = fixtures().join("tiny-hostile/good");
+    let named = load(&routed(&base)).unwrap();
+    let experts = || Sources::model(&base).with_experts(&model);
+    assert_same(&named, &load(&experts().unwrap()).unwrap());
+
+    // The router in its own directory, as training leaves it.
+    fs::create_dir(model.join("router")).unwrap();
+    let (router, moved) = ("router.safetensors", "router/router.safetensors");
+    fs::rename(model.join(router), model.join(moved)).unwrap();
+    assert_same(&named, &load(&experts().unwrap()).unwrap());
+
+    fs::remove_dir_all(model.join("router")).unwrap();
+    fs::remove_file(model.join("helpfulness/adapter_config.json")).unwrap();
+    let error = experts().unwrap_err().to_string();
+    for word in [
+        "model: ",
+        "missing: helpfulness/adapter_config.json, a router",
+        "router.pth",
+    ] {
+        assert!(error.contains(word), "`{word}` not in: {error}");
+    }
+    let nowhere = Sources::model(&base).with_experts(&scratch.0.join("none"));
+    assert!(
+        nowhere
+            .unwrap_err()
+            .to_string()
+            .contains("safety/adapter_config.json")
+    );
 }
 
 #[test]
