@@ -3,6 +3,7 @@
 mod architecture;
 mod bench;
 mod checkpoint;
+mod checkpoint_write;
 mod cli;
 mod docs;
 mod gguf;

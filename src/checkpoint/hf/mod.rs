@@ -25,6 +25,8 @@ pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Old checkpoints keep the rotary frequencies under names that end so.
 pub(super) const ROTARY_COPY: &str = ".rotary_emb.inv_freq";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// What a Hugging Face directory holds, without its tokenizer.
@@ -164,7 +166,6 @@ impl Weights {
 
     /// A wrong number of rows in the embedding is told as what it is: a `vocab_size` that belongs to another model.
     fn check_vocab(&self, source: &Source, config: &LlamaConfig) -> Result<(), CheckpointError> {
-        const EMBEDDING: &str = "model.embed_tokens.weight";
         let shard = self
             .holder
             .get(EMBEDDING)
@@ -207,12 +208,12 @@ impl Weights {
             all.push(named);
             Ok(tensor)
         };
-        let embed_tokens = take("model.embed_tokens.weight", &[vocab, d])?;
+        let embed_tokens = take(EMBEDDING, &[vocab, d])?;
         let mut layers = Vec::new();
         for layer in 0..config.num_layers {
             layers.push(take_layer(layer, config, &mut take)?);
         }
-        let norm = take("model.norm.weight", &[d])?;
+        let norm = take(NORM, &[d])?;
         let lm_head = if config.tie_word_embeddings {
             None
         } else {
@@ -244,49 +245,63 @@ fn take_layer(
     config: &LlamaConfig,
     take: &mut impl FnMut(&str, &[usize]) -> Result<HostTensor, CheckpointError>,
 ) -> Result<LayerTensors, CheckpointError> {
+    let mut take =
+        |(name, shape): (&str, Vec<usize>)| take(&in_layer(layer, name), shape.as_slice());
+    let [
+        input_layernorm,
+        q_proj,
+        k_proj,
+        v_proj,
+        o_proj,
+        post_attention_layernorm,
+        gate_proj,
+        up_proj,
+        down_proj,
+    ] = layer_shapes(config);
+    Ok(LayerTensors {
+        input_layernorm: take(input_layernorm)?,
+        q_proj: take(q_proj)?,
+        k_proj: take(k_proj)?,
+        v_proj: take(v_proj)?,
+        o_proj: take(o_proj)?,
+        post_attention_layernorm: take(post_attention_layernorm)?,
+        gate_proj: take(gate_proj)?,
+        up_proj: take(up_proj)?,
+        down_proj: take(down_proj)?,
+    })
+}
+
+fn in_layer(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.{name}.weight")
+}
+
+/// Names within a layer, and shapes, in the order of [`LayerTensors`].
+fn layer_shapes(config: &LlamaConfig) -> [(&'static str, Vec<usize>); 9] {
     let (d, m) = (config.hidden_size, config.intermediate_size);
     let q = config.num_heads * config.head_dim;
     let kv = config.num_kv_heads * config.head_dim;
-    let mut take =
-        |name: &str, shape: &[usize]| take(&format!("model.layers.{layer}.{name}.weight"), shape);
-    Ok(LayerTensors {
-        input_layernorm: take("input_layernorm", &[d])?,
-        q_proj: take("self_attn.q_proj", &[q, d])?,
-        k_proj: take("self_attn.k_proj", &[kv, d])?,
-        v_proj: take("self_attn.v_proj", &[kv, d])?,
-        o_proj: take("self_attn.o_proj", &[d, q])?,
-        post_attention_layernorm: take("post_attention_layernorm", &[d])?,
-        gate_proj: take("mlp.gate_proj", &[m, d])?,
-        up_proj: take("mlp.up_proj", &[m, d])?,
-        down_proj: take("mlp.down_proj", &[d, m])?,
-    })
+    [
+        ("input_layernorm", vec![d]),
+        ("self_attn.q_proj", vec![q, d]),
+        ("self_attn.k_proj", vec![kv, d]),
+        ("self_attn.v_proj", vec![kv, d]),
+        ("self_attn.o_proj", vec![d, q]),
+        ("post_attention_layernorm", vec![d]),
+        ("mlp.gate_proj", vec![m, d]),
+        ("mlp.up_proj", vec![m, d]),
+        ("mlp.down_proj", vec![d, m]),
+    ]
 }
 
 /// Names and shapes of a trunk: all but the head.
 pub(super) fn trunk_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
-    let (d, m) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_heads * config.head_dim;
-    let kv = config.num_kv_heads * config.head_dim;
-    let mut shapes = vec![(
-        "model.embed_tokens.weight".to_owned(),
-        vec![config.vocab_size, d],
-    )];
+    let d = config.hidden_size;
+    let mut shapes = vec![(EMBEDDING.to_owned(), vec![config.vocab_size, d])];
     for layer in 0..config.num_layers {
-        for (name, shape) in [
-            ("input_layernorm", vec![d]),
-            ("self_attn.q_proj", vec![q, d]),
-            ("self_attn.k_proj", vec![kv, d]),
-            ("self_attn.v_proj", vec![kv, d]),
-            ("self_attn.o_proj", vec![d, q]),
-            ("post_attention_layernorm", vec![d]),
-            ("mlp.gate_proj", vec![m, d]),
-            ("mlp.up_proj", vec![m, d]),
-            ("mlp.down_proj", vec![d, m]),
-        ] {
-            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
-        }
+        let layers = layer_shapes(config).into_iter();
+        shapes.extend(layers.map(|(name, shape)| (in_layer(layer, name), shape)));
     }
-    shapes.push(("model.norm.weight".to_owned(), vec![d]));
+    shapes.push((NORM.to_owned(), vec![d]));
     shapes
 }
 

@@ -1,7 +1,7 @@
 //! The training fixtures as pairs, experts and models. `golden.safetensors` was trimmed to what is read here: the `ours_f64`
 //! gradients (as f32; of the router's first map the first 16 rows) and the padded batches (ids as u16).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use midpo::checkpoint::{self, Checkpoint, LlamaConfig, RopeScaling, Sources};
@@ -47,12 +47,16 @@ pub fn numbers(value: &Value) -> Vec<f64> {
 
 /// The unfolded router of a fixture, under the flat names of `router.safetensors`, by candle's own reader of pickles.
 pub fn router_tensors(model: &str, layers: usize) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-    let file = fixture(model).join("router.pth");
+    router_tensors_of(&fixture(model).join("router.pth"), layers)
+}
+
+/// Those of a file.
+pub fn router_tensors_of(file: &Path, layers: usize) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let gates =
         (0..layers).flat_map(|layer| ["alpha", "beta"].map(|word| format!("layer_{layer}_{word}")));
     let mut tensors = Vec::new();
     for gate in gates {
-        let read = candle_core::pickle::PthTensors::new(&file, Some(&gate)).unwrap();
+        let read = candle_core::pickle::PthTensors::new(file, Some(&gate)).unwrap();
         for name in read.tensor_infos().keys() {
             let tensor = read.get(name).unwrap().unwrap();
             let tensor = tensor.to_dtype(candle_core::DType::F32).unwrap();
