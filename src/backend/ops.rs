@@ -79,7 +79,7 @@ pub const INT8_LEAST: f32 = 1e-30;
 ///
 /// ggml's kernels quantise x by the same rule (Q8_0, Q8_1), so its error is what that format's users know.
 pub fn quantise_block(x: &[f32; INT8_BLOCK], p: &mut [i8; INT8_BLOCK]) -> f32 {
-    let broken: f32 = x.iter().map(|x| x - x).sum();
+    let broken: f32 = x.iter().map(|x| x * 0.0).sum();
     let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     if most < INT8_LEAST {
         p.fill(0);
