@@ -311,6 +311,87 @@ fn widen_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
+/// A block format that numbers can be quantised into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockType {
+    /// 8.5 bits a number.
+    Q8_0,
+    /// 4.5 bits a number, around 0.
+    Q4_0,
+    /// 5 bits a number, with a minimum.
+    Q4_1,
+}
+
+impl BlockType {
+    /// Numbers in a block.
+    pub const LEN: usize = 32;
+
+    /// The format.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::Q8_0 => DType::Q8_0,
+            Self::Q4_0 => DType::Q4_0,
+            Self::Q4_1 => DType::Q4_1,
+        }
+    }
+
+    /// Quantises whole blocks, by the rule of ggml's `quantize_row_*_ref`: bit-equal to it. Numbers from about 8e6 on need a scale that
+    /// f16 cannot hold, and become infinite.
+    pub fn quantise(self, values: &[f32]) -> Vec<u8> {
+        let (blocks, _) = values.as_chunks::<{ Self::LEN }>();
+        let mut bytes = Vec::with_capacity(blocks.len() * self.dtype().block_bytes());
+        for block in blocks {
+            match self {
+                Self::Q8_0 => quantise_q8_0(block, &mut bytes),
+                Self::Q4_0 => quantise_q4_0(block, &mut bytes),
+                Self::Q4_1 => quantise_q4_1(block, &mut bytes),
+            }
+        }
+        bytes
+    }
+}
+
+fn inverse(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+}
+
+fn quantise_q8_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
+    let scale = block.iter().fold(0.0f32, |most, x| most.max(x.abs())) / 127.0;
+    let inverse = inverse(scale);
+    bytes.extend_from_slice(&f16::from_f32(scale).to_le_bytes());
+    bytes.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
+}
+
+fn quantise_q4_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
+    // The number of the largest magnitude, with its sign, becomes -8.
+    let widest = |most: f32, x: &f32| if x.abs() > most.abs() { *x } else { most };
+    let scale = block.iter().fold(0.0, widest) / -8.0;
+    let inverse = inverse(scale);
+    bytes.extend_from_slice(&f16::from_f32(scale).to_le_bytes());
+    nibbles(block, |x| x * inverse + 8.5, bytes);
+}
+
+fn quantise_q4_1(block: &[f32; 32], bytes: &mut Vec<u8>) {
+    let least = block.iter().copied().fold(f32::INFINITY, f32::min);
+    let most = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let scale = (most - least) / 15.0;
+    let inverse = inverse(scale);
+    bytes.extend_from_slice(&f16::from_f32(scale).to_le_bytes());
+    bytes.extend_from_slice(&f16::from_f32(least).to_le_bytes());
+    nibbles(block, |x| (x - least) * inverse + 0.5, bytes);
+}
+
+/// Numbers j and j + 16 in byte j, cut to 0..=15.
+fn nibbles(block: &[f32; 32], place: impl Fn(f32) -> f32, bytes: &mut Vec<u8>) {
+    let (low, high) = block.split_at(16);
+    let q = |x: f32| (place(x) as u8).min(15);
+    bytes.extend(
+        low.iter()
+            .zip(high)
+            .map(|(low, high)| q(*low) | q(*high) << 4),
+    );
+}
+
 /// Little-endian bf16, rounded to nearest, ties to even.
 ///
 /// # Errors
@@ -401,6 +482,27 @@ mod tests {
                 if let Some(ggml) = ggml(dtype) {
                     check_against_candle(dtype, &QTensor::quantize(&values, ggml).unwrap());
                 }
+            }
+        }
+
+        #[test]
+        fn quantise_when_numbers_are_any_equals_candles_bytes(
+            values in prop::collection::vec(-4f32..4.0, 512),
+            shape in 0..4,
+        ) {
+            // Around 0, all of one sign, all equal, all 0.
+            let values: Vec<f32> = values.into_iter().map(|x| match shape {
+                0 => x,
+                1 => x.abs() + 1.0,
+                2 => -1.5,
+                _ => 0.0,
+            }).collect();
+            let tensor = Tensor::from_slice(&values, (2, 256), &Device::Cpu).unwrap();
+            for block in [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4_1] {
+                let theirs = QTensor::quantize(&tensor, ggml(block.dtype()).unwrap()).unwrap();
+                let theirs = theirs.data().unwrap();
+                let ours = block.quantise(&values);
+                prop_assert_eq!(ours.as_slice(), theirs.as_ref(), "{:?}", block);
             }
         }
 

@@ -9,7 +9,7 @@ mod step;
 pub use error::BackendError;
 pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence};
 
-use crate::dtype::DType;
+use crate::dtype::{BlockType, DType};
 
 /// Rows of equal width.
 pub trait Shaped {
@@ -63,17 +63,31 @@ impl HostMatrix<'_> {
     }
 }
 
-/// In which format a backend keeps float weights. Block formats always stay as they are; what they are multiplied by differs
-/// ([`ops::MATMUL`]).
+/// In which format a backend keeps weights. What block formats are multiplied by differs ([`ops::MATMUL`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightFormat {
     /// As stored in the file.
     #[default]
     Stored,
-    /// Widened to f32. Block formats are widened too, exactly, as they are used, and meet x in f32.
+    /// Floats widened to f32. Block formats are widened too, exactly, as they are used, and meet x in f32.
     F32,
-    /// Rounded to bf16 (to nearest, ties to even).
+    /// Floats rounded to bf16 (to nearest, ties to even); block formats as they are.
     BF16,
+    /// Everything quantised into a block format, from whatever it was; bf16 where a row is no whole number of blocks.
+    Block(BlockType),
+}
+
+impl WeightFormat {
+    /// In which format rows of `cols` numbers stored as `dtype` are kept.
+    pub fn kept(self, dtype: DType, cols: usize) -> DType {
+        match self {
+            Self::Block(block) if cols.is_multiple_of(BlockType::LEN) => block.dtype(),
+            _ if dtype.is_quantised() => dtype,
+            Self::Stored => dtype,
+            Self::F32 => DType::F32,
+            Self::BF16 | Self::Block(_) => DType::BF16,
+        }
+    }
 }
 
 /// Storage of K and V.
@@ -140,7 +154,7 @@ pub trait Backend: Sized + Send + 'static {
     fn name(&self) -> &'static str;
 
     /// Stacks `parts` (equal cols, any formats) along their rows into one matrix, with `extension` (same rows in all) behind
-    /// its columns. Float parts are kept as `format` says; the extension as it comes, f32 or bf16.
+    /// its columns. Parts are kept as `format` says; the extension as it comes, f32 or bf16.
     fn matrix(
         &self,
         parts: &[HostMatrix<'_>],

@@ -13,6 +13,7 @@ use super::{
     Backend, BackendError, HostMatrix, KvFormat, KvShape, Matrix, Shaped, StepLayout, StepLimits,
     WeightFormat,
 };
+use crate::dtype::DType;
 use crate::types::{BLOCK_TOKENS, BlockId};
 
 /// The reference backend: no state, no threads.
@@ -187,12 +188,19 @@ impl Backend for Reference {
             .enumerate()
         {
             part.widen_row(row, &mut widened[..inputs]);
-            if format == WeightFormat::BF16 && !part.dtype.is_quantised() {
-                widened[..inputs]
-                    .iter_mut()
-                    .for_each(|x| *x = bf16::from_f32(*x).to_f32());
+            let kept = format.kept(part.dtype, inputs);
+            match format {
+                WeightFormat::Block(block) if kept == block.dtype() => {
+                    kept.widen(&block.quantise(&widened[..inputs]), &mut widened[..inputs]);
+                }
+                _ if kept == DType::BF16 => {
+                    widened[..inputs]
+                        .iter_mut()
+                        .for_each(|x| *x = bf16::from_f32(*x).to_f32());
+                }
+                _ => {}
             }
-            integers.push(part.dtype.is_quantised() && format != WeightFormat::F32);
+            integers.push(kept.is_quantised() && format != WeightFormat::F32);
             values.extend_from_slice(&widened[..inputs]);
             if let Some(extension) = &extension {
                 extension.widen_row(output, &mut widened[..extension_inputs]);

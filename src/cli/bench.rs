@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use super::CliError;
 use super::bench_engine::{self, EngineArgs};
 use super::bench_server::Streams;
+use super::engine::weight_format;
 use crate::bench::{
     self, BenchError, Conditions, Endpoint, Job, Level, Load, LoadReport, PromptSource,
     RequestShape, Target,
@@ -161,6 +162,7 @@ fn streams(args: &BenchArgs) -> Streams {
         repeats: args.engine.repeats,
         step_rows: args.engine.step_rows,
         seed: args.seed,
+        weight_format: weight_format(args.engine.dtype),
     }
 }
 

@@ -10,6 +10,7 @@ use super::bench::bar;
 use super::bench_machine;
 use super::bench_server::{Streams, compare};
 use super::bench_steps::{Cost, Group, Steps};
+use super::engine::weight_format;
 use super::{CliError, engine};
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::backend::{Backend, BackendError, KvFormat, WeightFormat};
@@ -19,7 +20,7 @@ use crate::bench::{
 use crate::checkpoint::{
     Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, LlamaConfig, RouterLayer,
 };
-use crate::config;
+use crate::config::{self, WeightDType};
 use crate::dtype::DType;
 use crate::model::{ModelOptions, RoutedLlama};
 use crate::random::SplitMix64;
@@ -51,6 +52,15 @@ pub struct EngineArgs {
     /// The router: a file or a directory.
     #[arg(long, value_name = "FILE|DIR", requires = "engine")]
     router: Option<PathBuf>,
+    /// Format of weights in memory, as `serve --dtype`.
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "TYPE",
+        requires = "engine"
+    )]
+    pub(super) dtype: WeightDType,
     /// Sequences of a decode step.
     #[arg(
         long,
@@ -105,6 +115,7 @@ struct Plan {
     steps: usize,
     repeats: usize,
     rows: usize,
+    weight_format: WeightFormat,
 }
 
 impl Plan {
@@ -143,6 +154,7 @@ impl Plan {
             steps,
             repeats: args.repeats,
             rows: args.step_rows,
+            weight_format: weight_format(args.dtype),
         })
     }
 
@@ -177,7 +189,7 @@ impl Plan {
             positions: self.positions(),
             kv_blocks: blocks.max(self.positions().div_ceil(BLOCK_TOKENS)),
             kv_format: KvFormat::BF16,
-            weight_format: WeightFormat::Stored,
+            weight_format: self.weight_format,
         }
     }
 }
@@ -297,8 +309,12 @@ impl<B: Backend> Bench<B> {
         let width = experts.safety.rank + experts.helpfulness.rank;
         subject.checkpoint.experts = Some(experts);
         let routed = RoutedLlama::new(backend()?, &subject.checkpoint, options)?;
-        let dtype = weight_dtype(&subject.checkpoint);
-        let machine = bench_machine::measure(threads, base.step_weight_bytes(), peak_of(dtype))
+        let dtype = weight_dtype(&subject.checkpoint, plan.weight_format);
+        let peak = match plan.weight_format {
+            WeightFormat::F32 => "f32",
+            _ => peak_of(dtype),
+        };
+        let machine = bench_machine::measure(threads, base.step_weight_bytes(), peak)
             .map_err(CliError::io("memory for the read rate"))?;
         let model = ModelFacts {
             name: subject.name.clone(),
@@ -496,9 +512,12 @@ fn ratio(what: &str, batch: usize, pairs: &[Pair]) -> RatioRow {
 }
 
 /// Format of most matrices.
-fn weight_dtype(checkpoint: &Checkpoint) -> DType {
+fn weight_dtype(checkpoint: &Checkpoint, format: WeightFormat) -> DType {
     let first = checkpoint.base.layers.first();
-    first.map_or(DType::F32, |layer| layer.gate_proj.dtype())
+    let cols = checkpoint.config.hidden_size;
+    first.map_or(DType::F32, |layer| {
+        format.kept(layer.gate_proj.dtype(), cols)
+    })
 }
 
 /// Which peak of arithmetic bounds matrices of a format: block formats are multiplied in int8.
@@ -646,6 +665,7 @@ mod tests {
             repeats: 2,
             step_rows: 16,
             seed: 1,
+            weight_format: WeightFormat::Stored,
         }
     }
 

@@ -50,6 +50,8 @@ pub(super) struct Streams {
     pub step_rows: usize,
     /// Of prompts.
     pub seed: u64,
+    /// How both models keep their weights.
+    pub weight_format: WeightFormat,
 }
 
 impl Streams {
@@ -90,7 +92,7 @@ pub(super) fn compare<B: Backend>(
     progress: &ProgressBar,
 ) -> Result<Vec<ServerRow>, CliError> {
     let config = streams.config(checkpoint.config.max_position_embeddings);
-    let options = model_options(&config, KvFormat::BF16, WeightFormat::Stored);
+    let options = model_options(&config, KvFormat::BF16, streams.weight_format);
     let bare = RoutedLlama::new(backend()?, checkpoint, options)?;
     let bare = Steps::new(bare, config.batch_tokens_max, streams.seed);
     let model = RoutedLlama::new(backend()?, checkpoint, options)?;

@@ -10,6 +10,7 @@ use crate::checkpoint::{self, BaseTensors, Checkpoint, RopeScaling, Sources, Ver
 use crate::config::{
     ConfigError, Device, EngineConfig, KvDType, ModelFacts, ModelSource, RuntimeConfig, WeightDType,
 };
+use crate::dtype::BlockType;
 use crate::engine::{Engine, EngineHandle, EngineThread, model_options};
 use crate::metrics::Metrics;
 use crate::model::RoutedLlama;
@@ -40,11 +41,7 @@ pub(super) fn start(
         KvDType::Bf16 => KvFormat::BF16,
         KvDType::F32 => KvFormat::F32,
     };
-    let weight_format = match runtime.dtype {
-        WeightDType::Auto => WeightFormat::Stored,
-        WeightDType::F32 => WeightFormat::F32,
-        WeightDType::Bf16 => WeightFormat::BF16,
-    };
+    let weight_format = weight_format(runtime.dtype);
     let facts = facts(&checkpoint, kv_format);
     let free = memory::free_bytes().saturating_sub(weight_bytes(&checkpoint.base));
     let config = runtime.engine(facts, free)?;
@@ -172,6 +169,18 @@ fn weight_bytes(base: &BaseTensors) -> u64 {
         .chain(ends.into_iter().flatten())
         .map(|tensor| tensor.bytes().len() as u64)
         .sum()
+}
+
+/// What a flag means to a backend.
+pub(super) fn weight_format(dtype: WeightDType) -> WeightFormat {
+    match dtype {
+        WeightDType::Auto => WeightFormat::Stored,
+        WeightDType::F32 => WeightFormat::F32,
+        WeightDType::Bf16 => WeightFormat::BF16,
+        WeightDType::Q8_0 => WeightFormat::Block(BlockType::Q8_0),
+        WeightDType::Q4_1 => WeightFormat::Block(BlockType::Q4_1),
+        WeightDType::Q4_0 => WeightFormat::Block(BlockType::Q4_0),
+    }
 }
 
 fn say_what_is_loaded(

@@ -102,9 +102,10 @@ pub struct ModelOptions {
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineOptions {
-    /// Format of float weights in memory. Quantised weights stay as they are; activations meet them in int8, with f32 exactly.
+    /// Format of weights in memory; a block format quantises them at load. Activations meet block formats in int8, with f32 exactly.
     #[arg(
         long,
+        visible_alias = "quantize",
         env = "MIDPO_DTYPE",
         value_enum,
         default_value_t,

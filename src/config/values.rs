@@ -197,6 +197,18 @@ pub enum WeightDType {
     F32,
     /// Rounded to bf16; quantised weights stay quantised.
     Bf16,
+    /// Quantised to 8 bits (8.5 with scales) in blocks of 32, whatever they were.
+    #[serde(rename = "q8_0")]
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// Quantised to 4 bits (5 with scales and minima), embedding and head to 8.
+    #[serde(rename = "q4_1")]
+    #[value(name = "q4_1")]
+    Q4_1,
+    /// Quantised to 4 bits (4.5 with scales), embedding and head to 8: fastest, least exact.
+    #[serde(rename = "q4_0")]
+    #[value(name = "q4_0")]
+    Q4_0,
 }
 
 /// In which format K and V are kept.

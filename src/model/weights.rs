@@ -6,7 +6,7 @@ use crate::backend::{Backend, BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::checkpoint::{
     BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig, rope_table,
 };
-use crate::dtype::{self, DType};
+use crate::dtype::{self, BlockType, DType};
 
 /// All matrices of the model on the device.
 pub(super) struct Weights<B: Backend> {
@@ -63,14 +63,14 @@ impl<B: Backend> Weights<B> {
         let mut rope = backend.buffer(positions, checkpoint.config.head_dim)?;
         backend.write(&mut rope, &rope_table(&checkpoint.config, positions))?;
         Ok(Self {
-            embed: uploader.matrix("model.embed_tokens", &[embed_tokens], None)?,
+            embed: uploader.outer("model.embed_tokens", embed_tokens)?,
             layers: layers
                 .map(|(index, tensors)| uploader.layer(index, tensors, experts))
                 .collect::<Result<_, _>>()?,
             norm: uploader.vector(norm)?,
             head: lm_head
                 .as_ref()
-                .map(|head| uploader.matrix("lm_head", &[head], None))
+                .map(|head| uploader.outer("lm_head", head))
                 .transpose()?,
             rope,
         })
@@ -189,6 +189,17 @@ impl<B: Backend> Uploader<'_, B> {
         let parts = [lora_a.host(), gate_rows.host()];
         let matrix = self.backend.matrix(&parts, None, WeightFormat::Stored);
         Ok((matrix.map_err(|source| weights_error(name, source))?, shape))
+    }
+
+    /// Embedding or head. Of four bits the head would lose more than all layers together: it keeps eight, as llama.cpp's 4-bit files
+    /// keep six or more.
+    fn outer(&self, name: &str, tensor: &HostTensor) -> Result<B::Matrix, ModelError> {
+        let format = match self.format {
+            WeightFormat::Block(_) => WeightFormat::Block(BlockType::Q8_0),
+            format => format,
+        };
+        let uploader = Self { format, ..*self };
+        uploader.matrix(name, &[tensor], None)
     }
 
     fn matrix(

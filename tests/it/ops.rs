@@ -12,7 +12,7 @@ use midpo::backend::reference::Reference;
 use midpo::backend::{
     Backend, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, StepSequence, WeightFormat,
 };
-use midpo::dtype::DType;
+use midpo::dtype::{BlockType, DType};
 use midpo::types::{BLOCK_TOKENS, BlockId, GateOverride, GateRule, TokenId, Variant};
 
 const THREADS: [usize; 4] = [1, 2, 3, 7];
@@ -276,10 +276,21 @@ fn matmul_cases() -> Vec<MatMulCase> {
         (33, DType::F16),
         (130, DType::Q6K),
     ];
-    for format in [WeightFormat::Stored, WeightFormat::F32, WeightFormat::BF16] {
+    let formats = [
+        WeightFormat::Stored,
+        WeightFormat::F32,
+        WeightFormat::BF16,
+        WeightFormat::Block(BlockType::Q8_0),
+        WeightFormat::Block(BlockType::Q4_1),
+        WeightFormat::Block(BlockType::Q4_0),
+    ];
+    for format in formats {
         for n in [1, 2, 6, 29, 250] {
             cases.push(MatMulCase::new(random, &mixed, (512, 16), n, format));
         }
+        // A row that is no whole number of blocks.
+        let uneven = [(20, DType::F32), (3, DType::F16)];
+        cases.push(MatMulCase::new(random, &uneven, (40, 3), 4, format));
     }
     cases
 }

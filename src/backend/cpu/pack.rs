@@ -7,6 +7,8 @@
 
 #![allow(unsafe_code)]
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 
 use super::memory::{Arena, Memory};
@@ -38,12 +40,12 @@ pub enum Format {
 }
 
 impl Format {
-    fn of(dtype: DType, format: WeightFormat) -> Self {
-        match (Quant::of(dtype), format, dtype) {
-            (Some(quant), ..) => Self::Quant(quant),
-            (_, WeightFormat::F32, _) | (_, WeightFormat::Stored, DType::F32) => Self::F32,
-            (_, WeightFormat::BF16, _) | (_, WeightFormat::Stored, DType::BF16) => Self::BF16,
-            (_, WeightFormat::Stored, _) => Self::F16,
+    fn of(kept: DType) -> Self {
+        match (Quant::of(kept), kept) {
+            (Some(quant), _) => Self::Quant(quant),
+            (None, DType::F16) => Self::F16,
+            (None, DType::BF16) => Self::BF16,
+            (None, _) => Self::F32,
         }
     }
 
@@ -113,14 +115,14 @@ impl PackedMatrix {
     ) -> Result<Self, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
         let extension_format = match &extension {
-            Some(extension) => Format::of(extension.dtype, WeightFormat::Stored),
+            Some(extension) => Format::of(extension.dtype),
             None => Format::F32,
         };
         let mut panels = Vec::with_capacity(outputs / LANES + parts.len());
         let mut sources = Vec::with_capacity(panels.capacity());
         let (mut first, mut end) = (0, 0);
         for (index, part) in parts.iter().enumerate() {
-            let format = Format::of(part.dtype, format);
+            let format = Format::of(format.kept(part.dtype, inputs));
             for row in (0..part.rows).step_by(LANES) {
                 let lanes = LANES.min(part.rows - row);
                 let at = end;
@@ -153,7 +155,7 @@ impl PackedMatrix {
                     out.slice(panel.extension_at, tail),
                 )
             };
-            pack_panel(&parts[part], row, panel, weights);
+            pack_panel(&parts[part], row, panel, format, weights);
             if let Some(extension) = &extension {
                 pack_floats(extension, panel.first, panel.lanes, extension_format, tail);
             }
@@ -271,14 +273,27 @@ impl PackedMatrix {
     }
 }
 
-fn pack_panel(part: &HostMatrix<'_>, row: usize, panel: &Panel, out: &mut [u8]) {
+fn pack_panel(
+    part: &HostMatrix<'_>,
+    row: usize,
+    panel: &Panel,
+    format: WeightFormat,
+    out: &mut [u8],
+) {
     let Format::Quant(quant) = panel.format else {
         return pack_floats(part, row, panel.lanes, panel.format, out);
     };
+    let mut wide = Vec::new();
     for lane in 0..panel.lanes {
-        let blocks = part
-            .row_bytes(row + lane)
-            .chunks_exact(part.dtype.block_bytes());
+        let bytes = match format {
+            WeightFormat::Block(block) if part.dtype != quant.dtype => {
+                wide.resize(part.cols, 0.0);
+                part.widen_row(row + lane, &mut wide);
+                Cow::Owned(block.quantise(&wide))
+            }
+            _ => Cow::Borrowed(part.row_bytes(row + lane)),
+        };
+        let blocks = bytes.chunks_exact(quant.dtype.block_bytes());
         for (block, unit) in blocks.zip(out.chunks_exact_mut(quant.unit_bytes())) {
             quant.interleave(block, lane, unit);
         }
