@@ -333,7 +333,7 @@ fn commands_of_the_readme_are_real() {
         let help = String::from_utf8(help.stdout).unwrap();
         let flags = arguments.iter().filter(|word| word.starts_with("--"));
         for flag in flags.map(|flag| flag.split('=').next().unwrap()) {
-            let known = help.split(|c: char| c.is_whitespace() || ",[=".contains(c));
+            let known = help.split(|c: char| c.is_whitespace() || ",[]=".contains(c));
             assert!(
                 known.into_iter().any(|word| word == flag),
                 "README: `midpo {subcommand}` has no {flag}"
