@@ -271,6 +271,7 @@ impl<B: Backend> Turns<'_, B> {
             cache_salt: None,
             prompt_logprobs: None,
             gate_detail: GateDetail::None,
+            prompt_gates: false,
         };
         let mut events = self
             .handle

@@ -27,8 +27,11 @@ pub struct Submission {
     pub cache_salt: Option<String>,
     /// `Some(k)`: report the log-probability of every prompt token and the k most likely there.
     pub prompt_logprobs: Option<u32>,
-    /// What of the gates is reported.
+    /// What of the gates of generated tokens is reported.
     pub gate_detail: GateDetail,
+    /// Report the gates over the whole prompt. Its blocks are then computed here and not found in the prefix cache, which keeps
+    /// no gates; without experts there is nothing to report.
+    pub prompt_gates: bool,
 }
 
 /// What of the gates a request wants to know.
@@ -50,6 +53,15 @@ pub struct TokenGates {
     pub safety: Vec<f32>,
     /// beta.
     pub helpfulness: Vec<f32>,
+}
+
+/// The gates over a prompt, one number a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptGates {
+    /// At the last prompt token, where the answer's first token is decided.
+    pub last: TokenGates,
+    /// Mean over all prompt tokens.
+    pub mean: TokenGates,
 }
 
 /// A token's log-probability under the unmodified distribution, and the most likely tokens there, most likely first.
@@ -81,6 +93,8 @@ pub enum Event {
         cached_tokens: usize,
         /// One a prompt token (the first has none), where asked for.
         logprobs: Option<Vec<Option<TokenLogprobs>>>,
+        /// Where asked for.
+        gates: Option<PromptGates>,
     },
     /// A choice has one more token.
     Token {
@@ -532,6 +546,7 @@ mod tests {
             cache_salt: None,
             prompt_logprobs: None,
             gate_detail: GateDetail::None,
+            prompt_gates: false,
         }
     }
 

@@ -18,7 +18,7 @@ mod thread;
 pub use error::SubmitError;
 pub use handle::{
     EngineHandle, EngineHealth, EngineLimits, EngineState, Event, EventStream, GateDetail,
-    GeneratedToken, Submission, TokenGates, TokenLogprobs,
+    GeneratedToken, PromptGates, Submission, TokenGates, TokenLogprobs,
 };
 pub use thread::EngineThread;
 

@@ -9,7 +9,8 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 
 use super::handle::{
-    Admission, Event, GateDetail, GeneratedToken, QueueTicket, TokenGates, TokenLogprobs,
+    Admission, Event, GateDetail, GeneratedToken, PromptGates, QueueTicket, TokenGates,
+    TokenLogprobs,
 };
 use super::sampler::History;
 use crate::metrics::{Gate, Metrics};
@@ -38,6 +39,17 @@ struct PromptReport {
     /// The k most likely tokens wanted at each position.
     top: Option<usize>,
     logprobs: Vec<Option<TokenLogprobs>>,
+    /// `None` where nobody asked.
+    gates: Option<GateSums>,
+}
+
+/// The gates of the prompt tokens that came so far.
+#[derive(Default)]
+struct GateSums {
+    /// Of both gates of each layer in turn.
+    sums: Vec<f64>,
+    tokens: usize,
+    last: Vec<f32>,
 }
 
 /// One answer.
@@ -83,6 +95,7 @@ impl Request {
                 top,
                 // The first token has none.
                 logprobs: top.map(|_| None).into_iter().collect(),
+                gates: submission.prompt_gates.then(GateSums::default),
             },
             choices: ids.into_iter().map(choice).collect(),
             has_token: false,
@@ -143,6 +156,13 @@ impl Request {
         self.prompt.logprobs.push(Some(logprobs));
     }
 
+    /// One more prompt token has its gates: alpha and beta of each layer in turn. Tokens come in order.
+    pub(super) fn push_prompt_gates(&mut self, gates: &[f32]) {
+        if let Some(sums) = &mut self.prompt.gates {
+            sums.push(gates);
+        }
+    }
+
     /// A choice has computed the prompt; says so, the first time.
     pub(super) fn prompt_done(&mut self, metrics: &Metrics) {
         if std::mem::replace(&mut self.prompt.sent, true) {
@@ -151,9 +171,11 @@ impl Request {
         let prompt_tokens = metrics.prompt_tokens.of(self.variant);
         prompt_tokens.add(self.prompt.tokens as u64);
         let logprobs = std::mem::take(&mut self.prompt.logprobs);
+        let gates = self.prompt.gates.take();
         self.send(Event::Prompt {
             cached_tokens: self.prompt.cached_tokens,
             logprobs: self.prompt.top.map(|_| logprobs),
+            gates: gates.and_then(|sums| sums.report()),
         });
     }
 
@@ -236,6 +258,28 @@ impl Request {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.events.try_send(event) {
             unreachable!("a request's channel holds all its events");
         }
+    }
+}
+
+impl GateSums {
+    fn push(&mut self, gates: &[f32]) {
+        self.sums.resize(gates.len(), 0.0);
+        for (sum, gate) in self.sums.iter_mut().zip(gates) {
+            *sum += f64::from(*gate);
+        }
+        self.tokens += 1;
+        self.last.clear();
+        self.last.extend_from_slice(gates);
+    }
+
+    /// `None` without experts.
+    fn report(&self) -> Option<PromptGates> {
+        let tokens = self.tokens.max(1) as f64;
+        let mean: Vec<f32> = self.sums.iter().map(|sum| (sum / tokens) as f32).collect();
+        Some(PromptGates {
+            last: token_gates(GateDetail::Layers, &self.last)?,
+            mean: token_gates(GateDetail::Layers, &mean)?,
+        })
     }
 }
 

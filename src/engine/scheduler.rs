@@ -389,6 +389,7 @@ mod tests {
             root: root.hash(),
             samples: true,
             prompt_logits: false,
+            prompt_gates: false,
         }
     }
 

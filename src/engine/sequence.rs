@@ -28,6 +28,8 @@ pub struct NewSequence {
     pub samples: bool,
     /// Whether the logits of all prompt tokens but the last are wanted.
     pub prompt_logits: bool,
+    /// Whether the gates of all prompt tokens are wanted.
+    pub prompt_gates: bool,
 }
 
 /// Where a sequence is.
@@ -52,6 +54,8 @@ pub struct Sequence {
     prompt_tokens: usize,
     /// Positions before this one whose logits were wanted have been delivered; `prompt_tokens - 1` where none were wanted.
     delivered: usize,
+    /// Positions before this one whose gates were wanted have been delivered; `prompt_tokens` where none were wanted.
+    gates_delivered: usize,
     computed: usize,
     prompt_done: bool,
     started: bool,
@@ -75,6 +79,7 @@ impl Sequence {
             tokens: new.prompt,
             prompt_tokens,
             delivered: if new.prompt_logits { 0 } else { last },
+            gates_delivered: if new.prompt_gates { 0 } else { prompt_tokens },
             computed: 0,
             prompt_done: false,
             started: false,
@@ -126,7 +131,7 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
-    /// Whether the whole prompt has been computed once, and all its logits that were wanted delivered.
+    /// Whether the whole prompt has been computed once, and all its logits and gates that were wanted delivered.
     pub fn prompt_done(&self) -> bool {
         self.prompt_done
     }
@@ -152,16 +157,33 @@ impl Sequence {
         start..last + usize::from(self.samples)
     }
 
+    /// Positions whose gates are wanted still.
+    pub fn wanted_gates(&self) -> std::ops::Range<usize> {
+        self.gates_delivered..self.prompt_tokens
+    }
+
     /// Whether blocks of earlier requests may stand in for some of its prompt.
     pub(super) fn uses_prefix_cache(&self) -> bool {
-        self.prompt_done || self.delivered + 1 == self.prompt_tokens
+        let wants_nothing =
+            self.delivered + 1 == self.prompt_tokens && self.wanted_gates().is_empty();
+        self.prompt_done || wants_nothing
+    }
+
+    /// Positions before this one need not be computed where their blocks are known. The last token is computed in any case: its
+    /// logits are wanted. Neither may a position be skipped of which something is still to be delivered.
+    fn skippable(&self) -> usize {
+        let gates = self.wanted_gates();
+        let logits = self.wanted_logits().start;
+        if gates.is_empty() {
+            logits
+        } else {
+            logits.min(gates.start)
+        }
     }
 
     /// Takes blocks for all tokens, or none. Returns the tokens that need not be computed, and whether this was the first time.
     pub(super) fn start(&mut self, pool: &mut BlockPool, spare: usize) -> Option<(usize, bool)> {
-        // The last token is computed in any case: its logits are wanted. Neither may a position be skipped whose logits are
-        // still to be delivered.
-        let skippable = self.wanted_logits().start / BLOCK_TOKENS;
+        let skippable = self.skippable() / BLOCK_TOKENS;
         self.name_blocks(skippable);
         let names = self.names.iter().take(skippable).copied();
         let total = self.tokens.len().div_ceil(BLOCK_TOKENS);
@@ -210,6 +232,8 @@ impl Sequence {
         }
         let last = self.prompt_tokens - 1;
         self.delivered = self.delivered.max(self.computed.min(last));
+        let gates = self.computed.min(self.prompt_tokens);
+        self.gates_delivered = self.gates_delivered.max(gates);
         self.prompt_done = self.computed >= self.prompt_tokens;
         self.prompt_done
     }

@@ -46,8 +46,17 @@ struct ModelFacts {
 struct Rows<'a> {
     /// (logit rows, vocabulary).
     logits: &'a [f32],
+    /// (rows, 2 a layer); empty without experts.
+    gates: &'a [f32],
+    /// Numbers in a row of gates.
+    gate_width: usize,
+}
+
+impl Rows<'_> {
     /// Gates of the last row; empty without experts.
-    last_gates: &'a [f32],
+    fn last_gates(&self) -> &[f32] {
+        &self.gates[self.gates.len().saturating_sub(self.gate_width)..]
+    }
 }
 
 impl Sessions {
@@ -99,6 +108,7 @@ impl Sessions {
                 root,
                 samples: submission.sampling.max_tokens > 0,
                 prompt_logits: lead.is_none() && submission.prompt_logprobs.is_some(),
+                prompt_gates: lead.is_none() && submission.prompt_gates,
             };
             ids.push(self.scheduler.add(new, lead));
         }
@@ -183,13 +193,14 @@ impl Sessions {
             row += planned.rows;
             let logits = logit_row * self.model.vocabulary;
             logit_row += planned.logit_rows;
-            let last_gates = match output.gates {
+            let gates = match output.gates {
                 [] => &[],
-                gates => &gates[(row - 1) * self.model.gates..row * self.model.gates],
+                gates => &gates[(row - planned.rows) * self.model.gates..row * self.model.gates],
             };
             let rows = Rows {
                 logits: &output.logits[logits..logit_row * self.model.vocabulary],
-                last_gates,
+                gates,
+                gate_width: self.model.gates,
             };
             self.commit_sequence(planned, &rows, now);
         }
@@ -200,6 +211,7 @@ impl Sessions {
         let Some((id, choice)) = self.scheduler.owner(planned.id) else {
             return;
         };
+        self.report_prompt_gates(id, planned, rows);
         if let Err(error) = self.report_prompt(id, planned, rows) {
             // Every choice would meet the same numbers.
             self.fail_request(id, &error.to_string(), now);
@@ -224,6 +236,26 @@ impl Sessions {
         };
         if let Some(end) = end {
             self.end(id, choice, planned.id, end, now);
+        }
+    }
+
+    /// Takes in the gates of prompt tokens, where they were asked for.
+    fn report_prompt_gates(&mut self, id: RequestId, planned: &PlannedSequence, rows: &Rows<'_>) {
+        let request = self.requests.get_mut(&id);
+        let sequence = self.scheduler.sequence(planned.id);
+        let (Some(request), Some(sequence)) = (request, sequence) else {
+            return;
+        };
+        let wanted = sequence.wanted_gates();
+        // A sequence that was preempted computes again what it told before.
+        let positions = rows
+            .gates
+            .chunks_exact(self.model.gates)
+            .zip(planned.start..);
+        for (gates, position) in positions {
+            if wanted.contains(&position) {
+                request.push_prompt_gates(gates);
+            }
         }
     }
 
@@ -292,7 +324,7 @@ impl Sessions {
         request.token(
             choice,
             token_and_logprobs,
-            rows.last_gates,
+            rows.last_gates(),
             now,
             &self.metrics,
         );

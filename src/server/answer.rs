@@ -118,6 +118,7 @@ impl Answer {
             Event::Prompt {
                 cached_tokens,
                 logprobs,
+                gates: _,
             } => {
                 self.cached_tokens = cached_tokens;
                 Outcome::Step(Step::Prompt { logprobs })
@@ -233,6 +234,7 @@ impl Answers {
                 cache_salt: plan.cache_salt.clone(),
                 prompt_logprobs,
                 gate_detail: plan.gates.report.detail(),
+                prompt_gates: false,
             };
             let events = state
                 .engine()

@@ -70,6 +70,7 @@ struct Stream {
     max_tokens: usize,
     /// Prompt positions whose logits came.
     prompt_logits: Option<Vec<usize>>,
+    prompt_gates: Option<Vec<usize>>,
 }
 
 /// What happened in all.
@@ -146,9 +147,11 @@ impl Simulation {
         let max_tokens = self.random.below(24).min(room + 1 - prompt.len());
         let variant = Variant::ALL[self.random.below(3)];
         let prompt_logits = self.random.one_in(6);
+        let prompt_gates = self.random.one_in(6);
         let mut lead = None;
         for choice in 0..[1, 1, 1, 3][self.random.below(4)] {
             let prompt_logits = prompt_logits && choice == 0;
+            let prompt_gates = prompt_gates && choice == 0;
             let root = mix(variant as u64, 0);
             let new = NewSequence {
                 request: RequestId(request),
@@ -158,6 +161,7 @@ impl Simulation {
                 root: root_hash(variant),
                 samples: max_tokens > 0,
                 prompt_logits,
+                prompt_gates,
             };
             let stream = Stream {
                 root,
@@ -165,6 +169,7 @@ impl Simulation {
                 answer: Vec::new(),
                 max_tokens,
                 prompt_logits: prompt_logits.then(Vec::new),
+                prompt_gates: prompt_gates.then(Vec::new),
             };
             let id = self.scheduler.add(new, lead);
             lead = lead.or(Some(id));
@@ -264,6 +269,12 @@ impl Simulation {
         } else {
             assert_eq!(reported, 0, "logits that nobody asked for");
         }
+        let wanted = sequence.wanted_gates();
+        let told = (planned.start..planned.start + planned.rows).filter(|at| wanted.contains(at));
+        match &mut stream.prompt_gates {
+            Some(positions) => positions.extend(told),
+            None => assert!(wanted.is_empty(), "gates that nobody asked for"),
+        }
         let tokens = sequence.tokens().to_vec();
         self.scheduler.advance(planned);
         let over = if planned.samples {
@@ -291,6 +302,10 @@ impl Simulation {
         assert_eq!(stream.answer, tokens[stream.prompt.len()..]);
         if let Some(positions) = &stream.prompt_logits {
             let all = 0..stream.prompt.len() - 1;
+            assert!(positions.iter().copied().eq(all), "{positions:?}");
+        }
+        if let Some(positions) = &stream.prompt_gates {
+            let all = 0..stream.prompt.len();
             assert!(positions.iter().copied().eq(all), "{positions:?}");
         }
     }

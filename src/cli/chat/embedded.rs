@@ -114,6 +114,7 @@ impl Embedded {
             } else {
                 GateDetail::None
             },
+            prompt_gates: false,
         })
     }
 }

@@ -8,7 +8,7 @@ use midpo::backend::{Backend, KvFormat, WeightFormat};
 use midpo::checkpoint::{Checkpoint, Sources, load};
 use midpo::config::EngineConfig;
 use midpo::engine::{
-    Engine, EngineHandle, Event, EventStream, GateDetail, GeneratedToken, Submission,
+    Engine, EngineHandle, Event, EventStream, GateDetail, GeneratedToken, PromptGates, Submission,
     TokenLogprobs, model_options,
 };
 use midpo::metrics::Metrics;
@@ -163,6 +163,7 @@ pub(super) fn logprob_bits(logprobs: &TokenLogprobs) -> Vec<u32> {
 pub(super) struct Answer {
     pub cached_tokens: Option<usize>,
     pub prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    pub prompt_gates: Option<PromptGates>,
     pub choices: Vec<ChoiceAnswer>,
 }
 
@@ -171,6 +172,7 @@ impl Answer {
         let mut answer = Self {
             cached_tokens: None,
             prompt_logprobs: None,
+            prompt_gates: None,
             choices: Vec::new(),
         };
         while let Some(event) = stream.try_next() {
@@ -184,10 +186,12 @@ impl Answer {
             Event::Prompt {
                 cached_tokens,
                 logprobs,
+                gates,
             } => {
                 assert!(self.cached_tokens.replace(cached_tokens).is_none());
                 assert!(self.choices.is_empty(), "the prompt comes first");
                 self.prompt_logprobs = logprobs;
+                self.prompt_gates = gates;
             }
             Event::Token { choice, token } => {
                 assert!(self.cached_tokens.is_some(), "the prompt comes first");
@@ -238,6 +242,7 @@ pub(super) fn greedy(prompt: &[u32], variant: Variant, max_tokens: u32) -> Submi
         cache_salt: None,
         prompt_logprobs: None,
         gate_detail: GateDetail::Layers,
+        prompt_gates: false,
     }
 }
 
