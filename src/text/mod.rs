@@ -1,5 +1,6 @@
 //! Text and token ids: [`Tokenizer`], [`ChatTemplate`], and [`TextStream`], which turns generated ids back into text as they come.
 
+mod byte_pairs;
 mod decoder;
 mod detokenize;
 mod error;
@@ -9,6 +10,7 @@ mod stream;
 mod template;
 mod tokenizer;
 
+pub use byte_pairs::BytePairs;
 pub use detokenize::{Detokenizer, Start};
 pub use error::TextError;
 pub use stop::{StopMatch, StopStrings};
