@@ -46,6 +46,7 @@
 //! | jiff | text config |
 //! | clap | config cli |
 //! | figment, strsim | config |
+//! | toml | demo cli |
 //! | prometheus | metrics |
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |

@@ -7,6 +7,7 @@ use crate::backend::BackendError;
 use crate::bench::BenchError;
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
+use crate::demo::corpus::CorpusError;
 use crate::model::ModelError;
 use crate::text::TextError;
 use crate::train::TrainError;
@@ -47,6 +48,9 @@ pub enum CliError {
     /// Training.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// The demo's corpus.
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
     /// Another server.
     #[error("{url}: {reason}")]
     Remote {

@@ -7,6 +7,7 @@ mod bench_server;
 mod bench_steps;
 mod chat;
 mod convert;
+mod demo;
 mod engine;
 mod error;
 mod health;
@@ -98,6 +99,8 @@ enum Command {
     /// One stage a subcommand, on one's own pairs, or all of them from a recipe. Ctrl-C saves a state; --resume goes on from it to
     /// the same result.
     Train(train::TrainArgs),
+    /// Make the embedded demo: its corpus, and from it tokenizer, base, experts and router.
+    Demo(demo::DemoArgs),
     /// Measure a server under load.
     ///
     /// Any server that speaks OpenAI's API. Prints a table in Markdown; writes JSON and SVG where asked.
@@ -166,6 +169,7 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
         Command::Chat(_) => chat::run(&ChatOptions::load(&sources()?)?),
         Command::Convert(options) => convert::run(&options.load(&sources()?)?),
         Command::Train(args) => train::run(&args, arguments),
+        Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => {
             bench::run(&args)?;
             Ok(ExitCode::SUCCESS)

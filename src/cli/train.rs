@@ -81,25 +81,42 @@ struct StageArgs<S: Args> {
 pub(super) fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<ExitCode, CliError> {
     // clap has refused a command line without a stage.
     let matches = matches.subcommand().map_or(matches, |(_, inner)| inner);
+    watched(|watch| stages(args, matches, watch))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a whole recipe: what `midpo train all` does.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn run_all(flags: &AllFlags) -> Result<(), CliError> {
+    watched(|watch| all(flags, watch))
+}
+
+/// With progress on the terminal, until a signal.
+fn watched(train: impl FnOnce(&mut Watch<'_>) -> Result<(), CliError>) -> Result<(), CliError> {
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signals(&stop)?;
     let mut progress = Progress::default();
-    let mut watch = Watch {
+    train(&mut Watch {
         observer: &mut progress,
         stop: &stop,
-    };
+    })
+}
+
+fn stages(args: &TrainArgs, matches: &ArgMatches, watch: &mut Watch<'_>) -> Result<(), CliError> {
     match &args.command {
-        TrainCommand::Sft(args) => one(args, matches, &mut watch, stage::sft)?,
-        TrainCommand::Reward(args) => one(args, matches, &mut watch, stage::reward)?,
-        TrainCommand::Cost(args) => one(args, matches, &mut watch, stage::cost)?,
-        TrainCommand::Safety(args) => one(args, matches, &mut watch, stage::safety)?,
-        TrainCommand::Helpfulness(args) => one(args, matches, &mut watch, stage::helpfulness)?,
-        TrainCommand::Dpo(args) => one(args, matches, &mut watch, stage::dpo)?,
-        TrainCommand::Dual(args) => one(args, matches, &mut watch, stage::dual)?,
-        TrainCommand::Router(args) => one(args, matches, &mut watch, stage::router)?,
-        TrainCommand::All(flags) => all(flags, &mut watch)?,
+        TrainCommand::Sft(args) => one(args, matches, watch, stage::sft)?,
+        TrainCommand::Reward(args) => one(args, matches, watch, stage::reward)?,
+        TrainCommand::Cost(args) => one(args, matches, watch, stage::cost)?,
+        TrainCommand::Safety(args) => one(args, matches, watch, stage::safety)?,
+        TrainCommand::Helpfulness(args) => one(args, matches, watch, stage::helpfulness)?,
+        TrainCommand::Dpo(args) => one(args, matches, watch, stage::dpo)?,
+        TrainCommand::Dual(args) => one(args, matches, watch, stage::dual)?,
+        TrainCommand::Router(args) => one(args, matches, watch, stage::router)?,
+        TrainCommand::All(flags) => all(flags, watch)?,
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn one<S: StageOptions, R>(

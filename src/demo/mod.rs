@@ -1,4 +1,8 @@
-//! The embedded demo: a small checkpoint inside the binary, laid out as `midpo convert` writes it (`demo/README.md` says what it is).
+//! The embedded demo: a small checkpoint inside the binary, laid out as `midpo convert` writes it (`demo/README.md` says what it is),
+//! the [`corpus`] that it learned from, and the [`judge`] of its answers.
+
+pub mod corpus;
+pub mod judge;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, EmbeddedFiles, load_embedded};
 

@@ -67,6 +67,16 @@ impl TextFiles {
         ])
     }
 
+    /// Writes them into a directory that exists; files of another tokenizer go.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`] where one cannot be written; then none has changed.
+    pub fn write(&self, directory: &Path) -> Result<(), CheckpointError> {
+        let mut files = Files::new(directory)?;
+        self.stage(&mut files)?;
+        files.finish()
+    }
+
     /// Stages them; files of another tokenizer go.
     pub(super) fn stage(&self, files: &mut Files) -> Result<(), CheckpointError> {
         for (name, bytes) in &self.0 {
