@@ -13,6 +13,7 @@ mod error;
 mod health;
 mod logging;
 mod memory;
+mod perplexity;
 pub mod reference;
 mod serve;
 mod train;
@@ -41,6 +42,7 @@ Examples:
   midpo convert --model BASE --safety S --helpfulness H --router router.pth --output packed
   midpo train all --recipe recipe.toml                 base, reward, cost, experts, router: a pipeline from your own pairs
   midpo bench --concurrency 1,8,32 --svg sweep.svg     load on a running server, as a table and a picture
+  midpo perplexity --model BASE --text FILE --dtype q4_0 --against f32    what four bits cost
   midpo reference toml > midpo.toml                    every setting with its default
 
 Every flag is also a key of a TOML file (--config FILE) and an environment variable MIDPO_*.
@@ -105,6 +107,11 @@ enum Command {
     ///
     /// Any server that speaks OpenAI's API. Prints a table in Markdown; writes JSON and SVG where asked.
     Bench(Box<bench::BenchArgs>),
+    /// Measure how well a model foretells a text, and what a format of its weights costs.
+    ///
+    /// As llama.cpp's llama-perplexity: windows side by side, the second half of each counts. With --against, two formats of the same
+    /// model are compared token by token.
+    Perplexity(Box<perplexity::PerplexityArgs>),
     /// Ask a running server whether it is ready.
     ///
     /// Exits 0 when it is, 1 when it is not: the health check of a container that has no curl.
@@ -170,6 +177,7 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
         Command::Convert(options) => convert::run(&options.load(&sources()?)?),
         Command::Train(args) => train::run(&args, arguments),
         Command::Demo(args) => demo::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => {
             bench::run(&args)?;
             Ok(ExitCode::SUCCESS)

@@ -7,6 +7,7 @@ use midpo::backend::cpu::{Cpu, CpuOptions};
 use midpo::backend::reference::Reference;
 use midpo::backend::{Backend, KvFormat, StepLayout, StepSequence, WeightFormat};
 use midpo::checkpoint::{self, Checkpoint, Sources};
+use midpo::eval::{Distance, Reader, Windows};
 use midpo::model::{ModelOptions, RoutedLlama};
 use midpo::types::{BLOCK_TOKENS, BlockId, GateOverride, TokenId, Variant};
 use safetensors::SafeTensors;
@@ -238,6 +239,64 @@ fn check_greedy<B: Backend>(model: &str, backend: B) {
             assert_eq!(got, want, "{model} {name} {}", variant.as_str());
         }
     }
+}
+
+/// Perplexity as a text's own windows would give it, from the authors' logits; and that a format is at no distance from itself.
+#[test]
+fn perplexity_of_a_window_is_that_of_the_authors_logits() {
+    let goldens = Goldens::open("tiny-routed");
+    let checkpoint = load("tiny-routed", true);
+    let mut compared = 0;
+    for prompt in goldens.prompts() {
+        let name = prompt["name"].as_str().unwrap();
+        let ids = goldens.ids(name);
+        let logits = goldens.floats(&format!("{name}.safety.logits"));
+        let Some(logits) = logits.filter(|_| ids.len() > 2) else {
+            continue;
+        };
+        let windows = Windows {
+            tokens: &ids[1..],
+            context: ids.len() - 1,
+            bos: Some(ids[0]),
+        };
+        let options = windows.model_options(KvFormat::F32, WeightFormat::F32);
+        let model = |gates: GateOverride| {
+            Reader::new(
+                RoutedLlama::new(cpu(), &checkpoint, options).unwrap(),
+                gates,
+            )
+        };
+        let mut safety = model(Variant::Safety.gates());
+        let vocabulary = checkpoint.config.vocab_size;
+        let scored = windows.context / 2;
+        let first = ids.len() - scored;
+        let want = (first..ids.len()).map(|target| {
+            let row = &logits[(target - 1) * vocabulary..][..vocabulary];
+            let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+            sum.ln() - f64::from(row[ids[target].index()])
+        });
+        let want = want.sum::<f64>() / scored as f64;
+        let own = safety.read(&windows, 0).unwrap().logits.to_vec();
+        let got = safety.perplexity;
+        assert_eq!(got.surprise.count(), scored, "{name}");
+        let error = (got.value().ln() - want).abs();
+        assert!(
+            error < f64::from(LOGITS_TOLERANCE),
+            "{name}: differs by {error}"
+        );
+        let (mut same, mut other) = (Distance::default(), Distance::default());
+        same.add(&own, safety.read(&windows, 0).unwrap());
+        let mut base = model(Variant::Base.gates());
+        other.add(&own, base.read(&windows, 0).unwrap());
+        let nothing = (same.relative_error.most(), same.divergence.most());
+        assert_eq!((nothing, same.same_top.mean()), ((0.0, 0.0), 1.0), "{name}");
+        assert!(
+            other.relative_error.mean() > 1e-3 && other.divergence.mean() > 0.0,
+            "{name}"
+        );
+        compared += 1;
+    }
+    assert!(compared > 0);
 }
 
 const MODELS: [&str; 2] = ["tiny-routed", "tiny-gqa"];
