@@ -42,6 +42,7 @@ pub(super) fn start(
         KvDType::F32 => KvFormat::F32,
     };
     let weight_format = weight_format(runtime.dtype);
+    warn_of_second_rounding(&checkpoint.base, weight_format);
     let facts = facts(&checkpoint, kv_format);
     let free = memory::free_bytes().saturating_sub(weight_bytes(&checkpoint.base));
     let config = runtime.engine(facts, free)?;
@@ -180,6 +181,22 @@ pub(super) fn weight_format(dtype: WeightDType) -> WeightFormat {
         WeightDType::Q8_0 => WeightFormat::Block(BlockType::Q8_0),
         WeightDType::Q4_1 => WeightFormat::Block(BlockType::Q4_1),
         WeightDType::Q4_0 => WeightFormat::Block(BlockType::Q4_0),
+    }
+}
+
+fn warn_of_second_rounding(base: &BaseTensors, format: WeightFormat) {
+    let Some(stored) = base.layers.first().map(|layer| layer.down_proj.dtype()) else {
+        return;
+    };
+    if let WeightFormat::Block(block) = format
+        && stored.is_quantised()
+        && stored != block.dtype()
+    {
+        tracing::warn!(
+            "--dtype {} rounds weights that are {} already: quantise from floats, or see what it costs with midpo perplexity",
+            block.dtype().as_str(),
+            stored.as_str(),
+        );
     }
 }
 
