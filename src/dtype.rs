@@ -335,6 +335,20 @@ impl BlockType {
         }
     }
 
+    /// How rows of `cols` numbers are kept: bf16 where they are no whole blocks.
+    pub fn kept(self, cols: usize) -> DType {
+        match cols.is_multiple_of(Self::LEN) {
+            true => self.dtype(),
+            false => DType::BF16,
+        }
+    }
+
+    /// The format of embedding and head beside layers of this one. Of four bits the head would lose more than all layers together: it
+    /// keeps eight, as llama.cpp's 4-bit files keep six or more.
+    pub fn outer(self) -> Self {
+        Self::Q8_0
+    }
+
     /// Quantises whole blocks, by the rule of ggml's `quantize_row_*_ref`: bit-equal to it. Numbers from about 8e6 on need a scale that
     /// f16 cannot hold, and become infinite.
     pub fn quantise(self, values: &[f32]) -> Vec<u8> {

@@ -81,11 +81,11 @@ impl WeightFormat {
     /// In which format rows of `cols` numbers stored as `dtype` are kept.
     pub fn kept(self, dtype: DType, cols: usize) -> DType {
         match self {
-            Self::Block(block) if cols.is_multiple_of(BlockType::LEN) => block.dtype(),
+            Self::Block(block) => block.kept(cols),
             _ if dtype.is_quantised() => dtype,
             Self::Stored => dtype,
             Self::F32 => DType::F32,
-            Self::BF16 | Self::Block(_) => DType::BF16,
+            Self::BF16 => DType::BF16,
         }
     }
 }

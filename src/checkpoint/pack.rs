@@ -14,9 +14,11 @@ use std::path::{Path, PathBuf};
 use super::manifest::{self, Manifest, Part, Role};
 use super::source::Source;
 use super::{
-    BaseKind, CheckpointError, HELPFULNESS, Loaded, SAFETY, Sources, fingerprint, hf, load_all,
-    peft, router, text_parts, write,
+    BaseFiles, BaseKind, CheckpointError, HELPFULNESS, Loaded, SAFETY, Sources, fingerprint, hf,
+    load_all, peft, router, text_parts, write,
 };
+
+use crate::dtype::BlockType;
 
 /// What to do where the directory exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +41,7 @@ const BASE_FILES: [(&str, Role); 6] = [
 ];
 
 /// Loads `sources`, which checks everything, and writes them to `directory`. Large files are linked where the file system can,
-/// copied elsewhere. The directory appears whole or not at all.
+/// copied elsewhere; or the weights are written anew in blocks of `quantise`. The directory appears whole or not at all.
 ///
 /// # Errors
 /// As [`super::load`]; [`CheckpointError::Exists`]; [`CheckpointError::Io`].
@@ -47,15 +49,25 @@ pub fn pack(
     sources: &Sources,
     directory: &Path,
     overwrite: Overwrite,
+    quantise: Option<BlockType>,
 ) -> Result<(), CheckpointError> {
     check_place(directory, overwrite)?;
     let loaded = load_all(sources)?;
     let staging = Staging::beside(directory)?;
     let mut parts = Vec::new();
-    write_base(&loaded, &staging, &mut parts)?;
+    let base = match quantise {
+        None => {
+            write_base(&loaded, &staging, &mut parts)?;
+            loaded.base.kind
+        }
+        Some(block) => {
+            write_quantised(&loaded, block, &staging, &mut parts)?;
+            BaseKind::HuggingFace
+        }
+    };
     write_experts(&loaded, &staging, &mut parts)?;
     let manifest = Manifest {
-        base: loaded.base.kind,
+        base,
         experts: loaded.experts.is_some(),
         parts,
     };
@@ -69,6 +81,22 @@ fn write_base(
     parts: &mut Vec<Part>,
 ) -> Result<(), CheckpointError> {
     let base = &loaded.base;
+    copy_base_files(base, staging, parts)?;
+    for name in &base.weights {
+        let target = match base.kind {
+            BaseKind::HuggingFace => name,
+            BaseKind::Gguf => manifest::GGUF,
+        };
+        parts.push(staging.link(&base.source, name, target, Role::Weights)?);
+    }
+    Ok(())
+}
+
+fn copy_base_files(
+    base: &BaseFiles,
+    staging: &Staging,
+    parts: &mut Vec<Part>,
+) -> Result<(), CheckpointError> {
     // A GGUF file holds these itself.
     let held =
         |name| base.kind == BaseKind::Gguf && [hf::CONFIG, text_parts::TOKENIZER].contains(&name);
@@ -77,13 +105,44 @@ fn write_base(
             parts.push(staging.copy(&base.source, name, name, role)?);
         }
     }
-    for name in &base.weights {
-        let target = match base.kind {
-            BaseKind::HuggingFace => name,
-            BaseKind::Gguf => manifest::GGUF,
-        };
-        parts.push(staging.link(&base.source, name, target, Role::Weights)?);
+    Ok(())
+}
+
+/// A Hugging Face base whose weights are blocks. What a GGUF file holds beside its weights becomes files of its own.
+fn write_quantised(
+    loaded: &Loaded,
+    block: BlockType,
+    staging: &Staging,
+    parts: &mut Vec<Part>,
+) -> Result<(), CheckpointError> {
+    let checkpoint = &loaded.checkpoint;
+    let config = &checkpoint.config;
+    match loaded.base.kind {
+        BaseKind::HuggingFace => copy_base_files(&loaded.base, staging, parts)?,
+        BaseKind::Gguf => {
+            let text = write::TextFiles::of(&checkpoint.text, config.max_position_embeddings);
+            write::base_files(&staging.path, config, &text)?;
+            if loaded.base.source.exists(hf::GENERATION) {
+                // Beside the file, with defaults for sampling.
+                staging.remove(hf::GENERATION)?;
+                staging.copy(
+                    &loaded.base.source,
+                    hf::GENERATION,
+                    hf::GENERATION,
+                    Role::Config,
+                )?;
+            }
+            let configs = [hf::CONFIG, hf::GENERATION].map(|name| (name, Role::Config));
+            for (name, role) in configs
+                .into_iter()
+                .chain(text.names().map(|name| (name, Role::Text)))
+            {
+                parts.push(staging.part(name, role)?);
+            }
+        }
     }
+    write::quantised_weights(&staging.path, config, &checkpoint.base, block)?;
+    parts.push(staging.part(hf::SINGLE, Role::Weights)?);
     Ok(())
 }
 
@@ -174,6 +233,11 @@ impl Staging {
             file.sync_all()
         };
         write().map_err(|error| CheckpointError::io(&path, error))
+    }
+
+    fn remove(&self, name: &str) -> Result<(), CheckpointError> {
+        let path = self.path.join(name);
+        fs::remove_file(&path).map_err(|error| CheckpointError::io(&path, error))
     }
 
     fn part(&self, name: &str, role: Role) -> Result<Part, CheckpointError> {

@@ -13,6 +13,9 @@ use super::tensor::{HostTensor, TensorBytes};
 use super::{CheckpointError, NamedTensor, parallel};
 use crate::dtype::DType;
 
+/// Metadata key of a safetensors file: which tensors of bytes are rows of blocks, as a JSON object from names to formats of
+/// [`DType::as_str`]. Blocks are ggml's, row after row.
+pub(crate) const BLOCKS: &str = "midpo.blocks";
 /// Bytes that one thread scans for NaN at a time.
 const SCAN_BYTES: usize = 8 << 20;
 
@@ -89,14 +92,19 @@ impl TensorFile {
                 metadata.data_len()
             )));
         }
+        let blocks = blocks(file, &metadata)?;
         let tensors = metadata
             .tensors()
             .into_iter()
             .map(|(name, info)| {
-                let entry = entry(bytes, data_start, info).ok_or_else(|| {
-                    CheckpointError::tensor(file, &name, "expected bytes as its shape says")
-                })?;
-                Ok((name, entry))
+                let block = blocks.get(&name).copied();
+                match entry(bytes, data_start, info, block) {
+                    Some(entry) => Ok((name, entry)),
+                    None => {
+                        let reason = "expected bytes as its shape and format say";
+                        Err(CheckpointError::tensor(file, &name, reason))
+                    }
+                }
             })
             .collect::<Result<_, CheckpointError>>()?;
         Ok(Self {
@@ -230,7 +238,51 @@ impl TensorFile {
     }
 }
 
-fn entry(bytes: &FileBytes, data_start: usize, info: &TensorInfo) -> Option<Entry> {
+/// The formats that [`BLOCKS`] names.
+fn blocks(file: &Path, metadata: &Metadata) -> Result<BTreeMap<String, DType>, CheckpointError> {
+    let Some(named) = metadata
+        .metadata()
+        .as_ref()
+        .and_then(|keys| keys.get(BLOCKS))
+    else {
+        return Ok(BTreeMap::new());
+    };
+    let malformed = |reason: String| CheckpointError::malformed(file, reason);
+    let named: BTreeMap<String, String> = serde_json::from_str(named).map_err(|error| {
+        malformed(format!(
+            "`{BLOCKS}`: expected names and formats in JSON: {error}"
+        ))
+    })?;
+    let blocks = named.into_iter().map(|(name, word)| {
+        let dtype = DType::ALL.into_iter().find(|dtype| dtype.as_str() == word);
+        let dtype = dtype.filter(|dtype| dtype.is_quantised()).ok_or_else(|| {
+            let reason = format!(
+                "`{BLOCKS}`: expected a block format, found `{}`",
+                word.escape_debug()
+            );
+            CheckpointError::tensor(file, &name, reason)
+        })?;
+        match metadata
+            .info(&name)
+            .map(|info| (info.dtype, info.shape.len()))
+        {
+            Some((Dtype::U8, 2)) => Ok((name, dtype)),
+            _ => {
+                let reason =
+                    format!("`{BLOCKS}`: expected a matrix of U8 of this name, found none");
+                Err(CheckpointError::tensor(file, &name, reason))
+            }
+        }
+    });
+    blocks.collect()
+}
+
+fn entry(
+    bytes: &FileBytes,
+    data_start: usize,
+    info: &TensorInfo,
+    block: Option<DType>,
+) -> Option<Entry> {
     let start = data_start.checked_add(info.data_offsets.0)?;
     let end = data_start.checked_add(info.data_offsets.1)?;
     let dtype = match info.dtype {
@@ -242,6 +294,15 @@ fn entry(bytes: &FileBytes, data_start: usize, info: &TensorInfo) -> Option<Entr
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::BF16 => DType::BF16,
+        Dtype::U8 if block.is_some() => {
+            let (dtype, [rows, row_bytes]) = (block?, info.shape.as_slice().try_into().ok()?);
+            let whole = row_bytes % dtype.block_bytes() == 0;
+            let shape = vec![rows, row_bytes / dtype.block_bytes() * dtype.block_len()];
+            let bytes = bytes.part(start..end)?;
+            return HostTensor::new(shape, dtype, bytes)
+                .filter(|_| whole)
+                .map(Entry::Usable);
+        }
         other => return Some(Entry::Foreign(other)),
     };
     let bytes = bytes.part(start..end)?;

@@ -67,7 +67,18 @@ pub(super) fn run(args: &PerplexityArgs) -> Result<ExitCode, CliError> {
     let tokenizer = Tokenizer::new(&checkpoint.text.tokenizer_json)?;
     let tokens = tokenizer.encode(&text, false)?;
     let windows = windows(args, &checkpoint, &tokenizer, &tokens)?;
-    let report = measure(args, &checkpoint, variant, &windows)?;
+    let forms = Forms {
+        dtype: args.dtype,
+        against: args.against,
+        windows_max: args.windows.unwrap_or(usize::MAX),
+        threads: args.threads,
+    };
+    let report = forms.measure(
+        &args.text.display().to_string(),
+        &checkpoint,
+        variant,
+        &windows,
+    )?;
     write!(std::io::stdout(), "{}", report.markdown()).map_err(CliError::io("standard output"))?;
     if let Some(file) = &args.json {
         std::fs::write(file, format!("{:#}\n", report.json()))
@@ -114,52 +125,69 @@ fn windows<'a>(
     Ok(windows)
 }
 
-fn measure(
-    args: &PerplexityArgs,
-    checkpoint: &Checkpoint,
-    variant: Variant,
-    windows: &Windows<'_>,
-) -> Result<Report, CliError> {
-    let reader = |dtype: WeightDType| -> Result<Reader<Cpu>, CliError> {
-        let cpu = Cpu::new(CpuOptions {
-            threads: args.threads,
-            ..CpuOptions::default()
-        })?;
-        let options = windows.model_options(KvFormat::F32, weight_format(dtype));
-        let model = RoutedLlama::new(cpu, checkpoint, options)?;
-        Ok(Reader::new(model, variant.gates()))
-    };
-    let mut subject = reader(args.dtype)?;
-    let mut reference = args.against.map(reader).transpose()?;
-    let mut distance = Distance::default();
-    let count = windows.count().min(args.windows.unwrap_or(usize::MAX));
-    let progress = bar("windows");
-    progress.set_length(count as u64);
-    for index in 0..count {
-        let row = subject.read(windows, index)?;
-        if let Some(reference) = &mut reference {
-            distance.add(reference.read(windows, index)?.logits, row);
+/// Which formats of a model read.
+pub(super) struct Forms {
+    /// The one that is measured.
+    pub dtype: WeightDType,
+    /// What it is measured against.
+    pub against: Option<WeightDType>,
+    /// Windows to read at most.
+    pub windows_max: usize,
+    /// Of the CPU backend.
+    pub threads: Option<usize>,
+}
+
+impl Forms {
+    /// Reads the windows of the text named `text`.
+    ///
+    /// # Errors
+    /// A device without room, a failed step.
+    pub(super) fn measure(
+        &self,
+        text: &str,
+        checkpoint: &Checkpoint,
+        variant: Variant,
+        windows: &Windows<'_>,
+    ) -> Result<Report, CliError> {
+        let reader = |dtype: WeightDType| -> Result<Reader<Cpu>, CliError> {
+            let cpu = Cpu::new(CpuOptions {
+                threads: self.threads,
+                ..CpuOptions::default()
+            })?;
+            let options = windows.model_options(KvFormat::F32, weight_format(dtype));
+            let model = RoutedLlama::new(cpu, checkpoint, options)?;
+            Ok(Reader::new(model, variant.gates()))
+        };
+        let mut subject = reader(self.dtype)?;
+        let mut reference = self.against.map(reader).transpose()?;
+        let mut distance = Distance::default();
+        let count = windows.count().min(self.windows_max);
+        let progress = bar("windows");
+        progress.set_length(count as u64);
+        for index in 0..count {
+            let row = subject.read(windows, index)?;
+            if let Some(reference) = &mut reference {
+                distance.add(reference.read(windows, index)?.logits, row);
+            }
+            progress.inc(1);
+            progress.set_message(format!("perplexity {:.3}", subject.perplexity.value()));
         }
-        progress.inc(1);
-        progress.set_message(format!("perplexity {:.3}", subject.perplexity.value()));
+        progress.finish_and_clear();
+        let reference = self.against.zip(reference);
+        Ok(Report {
+            text: text.to_owned(),
+            variant,
+            windows: count,
+            context: windows.context,
+            dtype: self.dtype,
+            subject: subject.perplexity,
+            reference: reference.map(|(dtype, read)| (dtype, read.perplexity, distance)),
+        })
     }
-    progress.finish_and_clear();
-    Ok(Report {
-        text: args.text.display().to_string(),
-        variant,
-        windows: count,
-        context: windows.context,
-        dtype: args.dtype,
-        subject: subject.perplexity,
-        reference: args
-            .against
-            .zip(reference)
-            .map(|(dtype, reference)| (dtype, reference.perplexity, distance)),
-    })
 }
 
 /// Figures of one text.
-struct Report {
+pub(super) struct Report {
     text: String,
     variant: Variant,
     windows: usize,
@@ -176,7 +204,8 @@ fn name(dtype: WeightDType) -> String {
 }
 
 impl Report {
-    fn markdown(&self) -> String {
+    /// As tables.
+    pub(super) fn markdown(&self) -> String {
         let mut text = format!(
             "{}: {} windows of {} tokens, {} tokens foretold by {}\n\n| weights | perplexity | standard error |\n| --- | --: | --: |\n",
             self.text,

@@ -138,7 +138,7 @@ impl ChatOptions {
 }
 
 impl ConvertOptions {
-    /// `output` names what one run writes, so it is a flag only.
+    /// `output`, `quantize` and `text` are about what one run writes, so they are flags only.
     /// # Errors
     /// As [`Sources::group`].
     pub fn load(self, sources: &Sources<'_>) -> Result<Self, ConfigError> {
@@ -146,6 +146,8 @@ impl ConvertOptions {
             model: sources.group()?,
             log: sources.group()?,
             output: self.output,
+            quantize: self.quantize,
+            text: self.text,
         })
     }
 }

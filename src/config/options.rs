@@ -59,6 +59,13 @@ pub struct ConvertOptions {
     /// Directory to write; made if it is not there, and must be empty.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
+    /// Write the base anew in blocks of 8 or 4 bits (embedding and head in 8), and say what that costs. Served, it is bit-equal to the
+    /// base under `serve --quantize`, and half or a third of its size.
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub quantize: Option<WeightDType>,
+    /// Text (UTF-8) on which --quantize says its cost; by default a few sentences.
+    #[arg(long, value_name = "FILE", requires = "quantize")]
+    pub text: Option<PathBuf>,
     /// What is logged.
     #[command(flatten)]
     pub log: LogOptions,

@@ -6,7 +6,7 @@ use crate::backend::{Backend, BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::checkpoint::{
     BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig, rope_table,
 };
-use crate::dtype::{self, BlockType, DType};
+use crate::dtype::{self, DType};
 
 /// All matrices of the model on the device.
 pub(super) struct Weights<B: Backend> {
@@ -191,11 +191,10 @@ impl<B: Backend> Uploader<'_, B> {
         Ok((matrix.map_err(|source| weights_error(name, source))?, shape))
     }
 
-    /// Embedding or head. Of four bits the head would lose more than all layers together: it keeps eight, as llama.cpp's 4-bit files
-    /// keep six or more.
+    /// Embedding or head.
     fn outer(&self, name: &str, tensor: &HostTensor) -> Result<B::Matrix, ModelError> {
         let format = match self.format {
-            WeightFormat::Block(_) => WeightFormat::Block(BlockType::Q8_0),
+            WeightFormat::Block(block) => WeightFormat::Block(block.outer()),
             format => format,
         };
         let uploader = Self { format, ..*self };

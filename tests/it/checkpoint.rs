@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use midpo::checkpoint::{
-    Checkpoint, CheckpointError, GenerationDefaults, Overwrite, RopeScaling, Sources, Verify, load,
-    load_embedded, pack,
+    BaseTensors, Checkpoint, CheckpointError, GenerationDefaults, HostTensor, Overwrite,
+    RopeScaling, Sources, Verify, load, load_embedded, pack,
 };
-use midpo::dtype::DType;
+use midpo::dtype::{BlockType, DType};
 use midpo::types::TokenId;
 use proptest::prelude::*;
 
@@ -81,25 +81,8 @@ pub fn assert_same(a: &Checkpoint, b: &Checkpoint) {
     assert_eq!(a.text.tokenizer_json, b.text.tokenizer_json);
     assert_eq!(a.text.chat_template, b.text.chat_template);
     let numbers = |checkpoint: &Checkpoint| {
-        let base = &checkpoint.base;
-        let layers = base.layers.iter().flat_map(|layer| {
-            [
-                &layer.input_layernorm,
-                &layer.q_proj,
-                &layer.k_proj,
-                &layer.v_proj,
-                &layer.o_proj,
-                &layer.post_attention_layernorm,
-                &layer.gate_proj,
-                &layer.up_proj,
-                &layer.down_proj,
-            ]
-        });
-        let mut all: Vec<f32> = [&base.embed_tokens, &base.norm]
-            .into_iter()
-            .chain(&base.lm_head)
-            .chain(layers)
-            .flat_map(|tensor| tensor.to_f32())
+        let mut all: Vec<f32> = tensors(&checkpoint.base)
+            .flat_map(|(_, tensor)| tensor.to_f32())
             .collect();
         if let Some(experts) = &checkpoint.experts {
             for expert in [&experts.safety, &experts.helpfulness] {
@@ -450,7 +433,7 @@ fn pack_then_load_gives_the_same_checkpoint_and_tampering_is_refused() {
         let scratch = Scratch::new();
         let packed = scratch.0.join("packed");
         let sources = routed(&fixtures().join(fixture));
-        pack(&sources, &packed, Overwrite::Never).unwrap();
+        pack(&sources, &packed, Overwrite::Never, None).unwrap();
         let original = load(&sources).unwrap();
         let all = Sources {
             verify: Verify::All,
@@ -461,16 +444,126 @@ fn pack_then_load_gives_the_same_checkpoint_and_tampering_is_refused() {
         assert_eq!(original.fingerprint, loaded.fingerprint);
 
         assert!(matches!(
-            pack(&sources, &packed, Overwrite::Never),
+            pack(&sources, &packed, Overwrite::Never, None),
             Err(CheckpointError::Exists { .. })
         ));
         // From itself over itself: sources are read before anything is replaced.
-        pack(&Sources::model(&packed), &packed, Overwrite::Packed).unwrap();
+        pack(&Sources::model(&packed), &packed, Overwrite::Packed, None).unwrap();
         assert_same(&original, &load(&all).unwrap());
         let left: Vec<_> = fs::read_dir(&scratch.0).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
         check_tampering(&packed, &all);
     }
+}
+
+#[test]
+fn pack_in_blocks_holds_the_bytes_that_quantising_at_load_would_make() {
+    let scratch = Scratch::new();
+    let gguf = scratch.0.join("base.gguf");
+    let bytes = crate::gguf::routed(candle_core::quantized::GgmlDType::F32).bytes();
+    fs::write(&gguf, bytes).unwrap();
+    let from_gguf = Sources {
+        model: gguf,
+        ..routed(&fixtures().join("tiny-routed"))
+    };
+    for (index, sources) in [routed(&fixtures().join("tiny-gqa")), from_gguf]
+        .iter()
+        .enumerate()
+    {
+        let original = load(sources).unwrap();
+        for block in [BlockType::Q8_0, BlockType::Q4_1, BlockType::Q4_0] {
+            let packed = scratch
+                .0
+                .join(format!("{index}-{}", block.dtype().as_str()));
+            pack(sources, &packed, Overwrite::Never, Some(block)).unwrap();
+            let all = Sources {
+                verify: Verify::All,
+                ..Sources::model(&packed)
+            };
+            let loaded = load(&all).unwrap();
+            assert_eq!(loaded.config, original.config);
+            let text = |checkpoint: &Checkpoint| checkpoint.text.tokenizer_json.clone();
+            assert_eq!(text(&loaded), text(&original));
+            assert_eq!(loaded.text.chat_template, original.text.chat_template);
+            assert_eq!(loaded.generation, original.generation);
+            let (mut blocks, mut outer) = (0, 0);
+            for ((name, was), (_, is)) in tensors(&original.base).zip(tensors(&loaded.base)) {
+                let block = match name {
+                    "embed" | "head" => block.outer(),
+                    _ => block,
+                };
+                let kept = block.kept(was.shape()[was.shape().len() - 1]);
+                assert_eq!(is.shape(), was.shape(), "{name}");
+                if was.shape().len() == 1 {
+                    assert_eq!(
+                        (is.dtype(), is.bytes()),
+                        (was.dtype(), was.bytes()),
+                        "{name}"
+                    );
+                    continue;
+                }
+                assert_eq!(is.dtype(), kept, "{name}");
+                if kept.is_quantised() {
+                    assert_eq!(is.bytes(), block.quantise(&was.to_f32()), "{name}");
+                    blocks += 1;
+                }
+                outer += usize::from(kept.is_quantised() && name == "embed");
+            }
+            assert!(blocks > outer && outer == 1, "{blocks} matrices in blocks");
+            check_blocks_metadata(&packed, block);
+        }
+    }
+}
+
+/// A name in the metadata that is no format, or belongs to no matrix of bytes, is an error that says so.
+fn check_blocks_metadata(packed: &Path, block: BlockType) {
+    let file = packed.join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let word = block.dtype().as_str();
+    let change = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let at = bytes
+            .windows(from.len())
+            .position(|window| window == from.as_bytes());
+        let mut changed = bytes.clone();
+        changed[at.unwrap()..][..to.len()].copy_from_slice(to.as_bytes());
+        fs::remove_file(&file).unwrap();
+        fs::write(&file, changed).unwrap();
+        load(&Sources::model(packed)).unwrap_err().to_string()
+    };
+    let unknown = change(word, &"q9_9"[..word.len()]);
+    assert!(
+        unknown.contains("midpo.blocks") && unknown.contains("q9_9"),
+        "{unknown}"
+    );
+    let nowhere = change("model.embed_tokens", "model.embad_tokens");
+    assert!(
+        nowhere.contains("midpo.blocks") && nowhere.contains("embad"),
+        "{nowhere}"
+    );
+    let no_json = change("midpo.blocks\":\"{", "midpo.blocks\":\"[");
+    assert!(no_json.contains("midpo.blocks"), "{no_json}");
+    fs::write(&file, bytes).unwrap();
+}
+
+fn tensors(base: &BaseTensors) -> impl Iterator<Item = (&'static str, &HostTensor)> {
+    let layers = base.layers.iter().flat_map(|layer| {
+        [
+            ("input_layernorm", &layer.input_layernorm),
+            ("q_proj", &layer.q_proj),
+            ("k_proj", &layer.k_proj),
+            ("v_proj", &layer.v_proj),
+            ("o_proj", &layer.o_proj),
+            ("post_attention_layernorm", &layer.post_attention_layernorm),
+            ("gate_proj", &layer.gate_proj),
+            ("up_proj", &layer.up_proj),
+            ("down_proj", &layer.down_proj),
+        ]
+    });
+    [("embed", &base.embed_tokens), ("norm", &base.norm)]
+        .into_iter()
+        .chain(layers)
+        .chain(base.lm_head.as_ref().map(|head| ("head", head)))
 }
 
 #[test]
@@ -484,7 +577,7 @@ fn pack_when_the_base_is_a_gguf_file_keeps_it_and_loads_alone() {
         ..routed(&fixtures().join("tiny-routed"))
     };
     let packed = scratch.0.join("packed");
-    pack(&sources, &packed, Overwrite::Never).unwrap();
+    pack(&sources, &packed, Overwrite::Never, None).unwrap();
     assert_eq!(fs::read(packed.join("model.gguf")).unwrap(), bytes);
     let loaded = load(&Sources::model(&packed)).unwrap();
     assert_same(&load(&sources).unwrap(), &loaded);
@@ -535,7 +628,7 @@ fn files_beside_a_gguf_file_say_what_its_metadata_leave_open_and_are_packed_with
     }
     let packed = scratch.0.join("packed");
     let sources = Sources::model(&directory);
-    pack(&sources, &packed, Overwrite::Never).unwrap();
+    pack(&sources, &packed, Overwrite::Never, None).unwrap();
     let loaded = load(&Sources::model(&packed)).unwrap();
     assert_same(&load(&sources).unwrap(), &loaded);
     assert_eq!(loaded.text.chat_template.as_deref(), Some("beside"));
@@ -619,12 +712,12 @@ fn pack_over_a_directory_that_is_no_checkpoint_is_refused() {
     fs::create_dir(&target).unwrap();
     fs::write(target.join("thesis.txt"), "years of work").unwrap();
     let sources = Sources::model(fixtures().join("tiny-routed"));
-    let refused = pack(&sources, &target, Overwrite::Packed);
+    let refused = pack(&sources, &target, Overwrite::Packed, None);
     assert!(matches!(refused, Err(CheckpointError::Exists { .. })));
     assert!(target.join("thesis.txt").is_file());
     // A bad source leaves nothing behind.
     let target = scratch.0.join("new");
-    assert!(pack(&Sources::model(&scratch.0), &target, Overwrite::Never).is_err());
+    assert!(pack(&Sources::model(&scratch.0), &target, Overwrite::Never, None).is_err());
     assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 1);
 }
 

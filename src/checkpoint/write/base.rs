@@ -29,11 +29,34 @@ pub fn base(
     files.stage(hf::SINGLE, |file, out| {
         safetensors::write(file, entries(file, tensors, dtype)?, out)
     })?;
-    text.stage(&mut files)?;
-    files.stage_json(hf::GENERATION, &Generation::of(config))?;
-    files.stage_json(hf::CONFIG, &Llama::of(config, dtype))?;
+    stage_files(&mut files, config, dtype, text)?;
     files.remove(hf::INDEX);
     files.finish()
+}
+
+/// All of a base but its weights: what a GGUF file holds beside them.
+///
+/// # Errors
+/// [`CheckpointError::Io`].
+pub(in crate::checkpoint) fn files(
+    directory: &Path,
+    config: &LlamaConfig,
+    text: &TextFiles,
+) -> Result<(), CheckpointError> {
+    let mut files = Files::new(directory)?;
+    stage_files(&mut files, config, DType::BF16, text)?;
+    files.finish()
+}
+
+fn stage_files(
+    files: &mut Files,
+    config: &LlamaConfig,
+    dtype: DType,
+    text: &TextFiles,
+) -> Result<(), CheckpointError> {
+    text.stage(files)?;
+    files.stage_json(hf::GENERATION, &Generation::of(config))?;
+    files.stage_json(hf::CONFIG, &Llama::of(config, dtype))
 }
 
 /// Tensors as they are to be stored.

@@ -7,6 +7,7 @@ mod base;
 mod config;
 mod expert;
 mod files;
+mod quantised;
 mod router;
 mod safetensors;
 mod score;
@@ -19,6 +20,8 @@ pub use router::router;
 pub use score::score;
 pub use text::TextFiles;
 
+pub(super) use base::files as base_files;
+pub(super) use quantised::weights as quantised_weights;
 pub(super) use router::folded;
 
 use std::collections::HashMap;

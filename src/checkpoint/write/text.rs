@@ -77,6 +77,11 @@ impl TextFiles {
         files.finish()
     }
 
+    /// Names of the files.
+    pub(in crate::checkpoint) fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.0.iter().map(|(name, _)| *name)
+    }
+
     /// Stages them; files of another tokenizer go.
     pub(super) fn stage(&self, files: &mut Files) -> Result<(), CheckpointError> {
         for (name, bytes) in &self.0 {

@@ -74,7 +74,7 @@ fn packed(options: &PackStage, how: How, watch: &mut Watch<'_>) -> Result<(), Tr
     if let Some(directory) = session.output.parent() {
         files::make_directory(directory)?;
     }
-    pack(&sources, &session.output, Overwrite::Packed)?;
+    pack(&sources, &session.output, Overwrite::Packed, None)?;
     // As it will be served.
     base(stage, Some(&session.output))?;
     session.finish()
