@@ -25,7 +25,7 @@
 //! | 4 | [`server`] | types openai config metrics text engine |
 //! | 4 | [`train`] | types dtype config plot random text checkpoint |
 //! | 5 | [`bench`] | types openai config plot random |
-//! | 5 | [`eval`] | types config metrics plot random text checkpoint backend model engine train |
+//! | 5 | [`eval`] | types plot random text demo backend model engine train |
 //! | 6 | [`cli`] | all |
 //!
 //! # Homes of crates
@@ -37,7 +37,8 @@
 //! | utoipa | openai server |
 //! | serde_path_to_error | openai |
 //! | reqwest, indicatif | bench cli |
-//! | tokio, futures_util | engine server bench cli |
+//! | tokio | engine server bench cli |
+//! | futures_util | engine server bench eval cli |
 //! | zip | checkpoint |
 //! | safetensors | checkpoint train |
 //! | memmap2 | checkpoint backend |
@@ -51,6 +52,7 @@
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |
 //! | ndarray, pulp, rayon | train |
+//! | regex | eval |
 //! | plotters | plot |
 //! | candle_core, candle_nn, candle_transformers, proptest | tests |
 //!

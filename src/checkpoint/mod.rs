@@ -203,6 +203,25 @@ pub struct Experts {
     pub router: Vec<RouterLayer>,
 }
 
+impl Experts {
+    /// One expert in both places, for variants with fixed gates: nothing was trained to route, every gate is half open.
+    pub fn alone(expert: Expert, base: &LlamaConfig) -> Self {
+        let gate = FoldedGate {
+            weight: vec![0.0; base.intermediate_size],
+            bias: 0.0,
+        };
+        let layer = RouterLayer {
+            safety: gate.clone(),
+            helpfulness: gate,
+        };
+        Self {
+            router: vec![layer; expert.layers.len()],
+            helpfulness: expert.clone(),
+            safety: expert,
+        }
+    }
+}
+
 /// A LoRA on every layer's `mlp.down_proj`.
 #[derive(Clone, Debug)]
 pub struct Expert {

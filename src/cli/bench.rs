@@ -317,7 +317,7 @@ fn write(file: &Path, text: &str) -> Result<(), BenchError> {
     })
 }
 
-fn parse_variant(word: &str) -> Result<Variant, String> {
+pub(super) fn parse_variant(word: &str) -> Result<Variant, String> {
     let names = || Variant::ALL.map(Variant::as_str).join(", ");
     Variant::parse(word).ok_or_else(|| format!("expected one of {}", names()))
 }

@@ -10,7 +10,7 @@ use crate::backend::WeightFormat;
 use crate::checkpoint::{self, Checkpoint, Overwrite};
 use crate::config::{ConfigError, ConvertOptions, ModelSource, WeightDType};
 use crate::dtype::BlockType;
-use crate::eval::Windows;
+use crate::eval::perplexity::Windows;
 use crate::text::Tokenizer;
 use crate::types::Variant;
 

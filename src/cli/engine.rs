@@ -33,9 +33,24 @@ pub(super) fn start(
     runtime: &RuntimeConfig,
     metrics: Arc<Metrics>,
 ) -> Result<Running, CliError> {
+    let running = start_with(|| load(source), runtime, metrics)?;
+    if source.model.is_none() {
+        tracing::warn!(
+            "no --model: this is the embedded demo. It is untrained and speaks nonsense; it shows that everything works"
+        );
+    }
+    Ok(running)
+}
+
+/// As [`start`], with whatever `load` brings.
+pub(super) fn start_with(
+    load: impl FnOnce() -> Result<Checkpoint, CliError>,
+    runtime: &RuntimeConfig,
+    metrics: Arc<Metrics>,
+) -> Result<Running, CliError> {
     let began = Instant::now();
     let backend = backend(runtime)?;
-    let checkpoint = load(source)?;
+    let checkpoint = load()?;
     let model = served_model(&checkpoint)?;
     let kv_format = match runtime.kv_dtype {
         KvDType::Bf16 => KvFormat::BF16,
@@ -48,7 +63,7 @@ pub(super) fn start(
     let config = runtime.engine(facts, free)?;
     let options = model_options(&config, kv_format, weight_format);
     let routed = RoutedLlama::new(backend, &checkpoint, options)?;
-    say_what_is_loaded(source, &checkpoint, &config, facts, began);
+    say_what_is_loaded(&checkpoint, &config, facts, began);
     drop(checkpoint);
     let (handle, thread) =
         Engine::spawn(routed, &config, metrics).map_err(CliError::io("the engine's thread"))?;
@@ -201,17 +216,11 @@ fn warn_of_second_rounding(base: &BaseTensors, format: WeightFormat) {
 }
 
 fn say_what_is_loaded(
-    source: &ModelSource,
     checkpoint: &Checkpoint,
     config: &EngineConfig,
     facts: ModelFacts,
     began: Instant,
 ) {
-    if source.model.is_none() {
-        tracing::warn!(
-            "no --model: this is the embedded demo. It is untrained and speaks nonsense; it shows that everything works"
-        );
-    }
     let kv_tokens = config.kv_blocks * BLOCK_TOKENS;
     let kv_bytes = config.kv_blocks as u64 * facts.kv_block_bytes as u64;
     tracing::info!(

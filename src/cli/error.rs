@@ -8,6 +8,7 @@ use crate::bench::BenchError;
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::demo::corpus::CorpusError;
+use crate::eval::EvalError;
 use crate::model::ModelError;
 use crate::text::TextError;
 use crate::train::TrainError;
@@ -45,6 +46,9 @@ pub enum CliError {
     /// A bench.
     #[error(transparent)]
     Bench(#[from] BenchError),
+    /// An evaluation.
+    #[error(transparent)]
+    Eval(#[from] EvalError),
     /// Training.
     #[error(transparent)]
     Train(#[from] TrainError),
@@ -68,6 +72,7 @@ impl CliError {
             Self::Config(_) | Self::Bench(BenchError::Flag { .. } | BenchError::Url { .. }) => {
                 ExitCode::from(2)
             }
+            Self::Eval(EvalError::Flag { .. }) => ExitCode::from(2),
             Self::Train(TrainError::Setting { .. } | TrainError::Config(_)) => ExitCode::from(2),
             Self::Train(TrainError::Interrupted { .. } | TrainError::Stopped { .. }) => {
                 ExitCode::from(INTERRUPTED)

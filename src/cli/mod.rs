@@ -10,6 +10,7 @@ mod convert;
 mod demo;
 mod engine;
 mod error;
+mod eval;
 mod health;
 mod logging;
 mod memory;
@@ -41,6 +42,7 @@ Examples:
   midpo chat                                           talk to the embedded demo in the terminal
   midpo convert --model BASE --safety S --helpfulness H --router router.pth --output packed
   midpo train all --recipe recipe.toml                 base, reward, cost, experts, router: a pipeline from your own pairs
+  midpo eval --model packed --prompts sets/            how safe and helpful each variant is, as tables and a picture
   midpo bench --concurrency 1,8,32 --svg sweep.svg     load on a running server, as a table and a picture
   midpo perplexity --model BASE --text FILE --dtype q4_0 --against f32    what four bits cost
   midpo reference toml > midpo.toml                    every setting with its default
@@ -103,6 +105,11 @@ enum Command {
     Train(train::TrainArgs),
     /// Make the embedded demo: its corpus, and from it tokenizer, base, experts and router.
     Demo(demo::DemoArgs),
+    /// Evaluate a model's variants on sets of prompts.
+    ///
+    /// All variants answer in one pass of the engine. Refusals by class of prompt, reward and cost, what the gates did and how well
+    /// alpha tells harmful prompts apart, with 95 % intervals. Prints tables in Markdown; writes JSON, SVG and all answers where asked.
+    Eval(Box<eval::EvalArgs>),
     /// Measure a server under load.
     ///
     /// Any server that speaks OpenAI's API. Prints a table in Markdown; writes JSON and SVG where asked.
@@ -178,6 +185,7 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
         Command::Train(args) => train::run(&args, arguments),
         Command::Demo(args) => demo::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => {
             bench::run(&args)?;
             Ok(ExitCode::SUCCESS)

@@ -14,7 +14,7 @@ use crate::backend::KvFormat;
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::checkpoint::Checkpoint;
 use crate::config::{self, ConfigError, LogOptions, VariantName, WeightDType};
-use crate::eval::{Distance, Perplexity, Reader, Windows};
+use crate::eval::perplexity::{Distance, Perplexity, Reader, Windows};
 use crate::model::RoutedLlama;
 use crate::text::Tokenizer;
 use crate::types::{TokenId, Variant};

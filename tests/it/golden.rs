@@ -7,7 +7,7 @@ use midpo::backend::cpu::{Cpu, CpuOptions};
 use midpo::backend::reference::Reference;
 use midpo::backend::{Backend, KvFormat, StepLayout, StepSequence, WeightFormat};
 use midpo::checkpoint::{self, Checkpoint, Sources};
-use midpo::eval::{Distance, Reader, Windows};
+use midpo::eval::perplexity::{Distance, Reader, Windows};
 use midpo::model::{ModelOptions, RoutedLlama};
 use midpo::types::{BLOCK_TOKENS, BlockId, GateOverride, TokenId, Variant};
 use safetensors::SafeTensors;

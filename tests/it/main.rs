@@ -6,6 +6,7 @@ mod checkpoint;
 mod checkpoint_write;
 mod cli;
 mod docs;
+mod eval;
 mod gguf;
 mod gguf_file;
 mod golden;
