@@ -31,8 +31,8 @@ const ORDER: [Variant; 5] = [
     Variant::Both,
     Variant::Routed,
 ];
-/// Resamples at most.
-const RESAMPLES_MAX: usize = 100_000;
+/// Resamples at most: each is a number a prompt in memory.
+const RESAMPLES_MAX: usize = 10_000;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -130,14 +130,7 @@ fn parse_adapter(word: &str) -> Result<Adapter, String> {
 /// # Errors
 /// A flag, a file or a line that cannot be used, before any work; a model that cannot answer.
 pub(super) fn run(args: &EvalArgs) -> Result<ExitCode, CliError> {
-    if !(1..=RESAMPLES_MAX).contains(&args.resamples) {
-        return Err(EvalError::Flag {
-            flag: "resamples",
-            expected: format!("1 to {RESAMPLES_MAX}"),
-            found: args.resamples.to_string(),
-        }
-        .into());
-    }
+    check(args)?;
     let judge = judge(args)?;
     let mut asked = prompts::read(&args.prompts)?;
     if let Some(limit) = args.limit {
@@ -173,6 +166,37 @@ pub(super) fn run(args: &EvalArgs) -> Result<ExitCode, CliError> {
         write_all(directory, &report, &evaluation)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What clap cannot.
+fn check(args: &EvalArgs) -> Result<(), EvalError> {
+    let wrong = |flag, expected: &str, found: String| EvalError::Flag {
+        flag,
+        expected: expected.to_owned(),
+        found,
+    };
+    if !(1..=RESAMPLES_MAX).contains(&args.resamples) {
+        let expected = format!("1 to {RESAMPLES_MAX}");
+        return Err(wrong("resamples", &expected, args.resamples.to_string()));
+    }
+    if args.limit == Some(0) {
+        return Err(wrong("limit", "at least 1", "0".to_owned()));
+    }
+    // Rows are told apart by their names.
+    let mut names: Vec<&str> = Variant::ALL.map(Variant::as_str).to_vec();
+    for adapter in &args.adapter {
+        if names.contains(&adapter.name.as_str()) {
+            let found = adapter.name.clone();
+            return Err(wrong("adapter", "a name that no other row has", found));
+        }
+        names.push(&adapter.name);
+    }
+    let repeated = |at: &usize| args.variants[..*at].contains(&args.variants[*at]);
+    if let Some(at) = (0..args.variants.len()).find(repeated) {
+        let found = format!("{} twice", args.variants[at].as_str());
+        return Err(wrong("variants", "each variant once", found));
+    }
+    Ok(())
 }
 
 fn judge(args: &EvalArgs) -> Result<Judge, EvalError> {
@@ -421,12 +445,18 @@ mod tests {
             let error = parse(flags).unwrap_err();
             assert!(error.contains(word), "{flags:?}: {error}");
         }
-        let args = parse(&["--prompts", "a", "--resamples", "0"]).unwrap();
-        let error = run(&args).unwrap_err();
-        assert!(
-            error.to_string().starts_with("--resamples: expected 1 to"),
-            "{error}"
-        );
-        assert_eq!(error.exit_code(), ExitCode::from(2));
+        for flags in [
+            &["--resamples", "0"][..],
+            &["--limit", "0"],
+            &["--adapter", "routed=a"],
+            &["--adapter", "x=a", "--adapter", "x=b"],
+            &["--variants", "base,safety,base"],
+        ] {
+            let args = parse(&[&["--prompts", "a"], flags].concat()).unwrap();
+            let error = run(&args).unwrap_err();
+            let start = format!("{}: expected ", flags[0]);
+            assert!(error.to_string().starts_with(&start), "{error}");
+            assert_eq!(error.exit_code(), ExitCode::from(2));
+        }
     }
 }

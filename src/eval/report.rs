@@ -145,14 +145,14 @@ impl Report {
         )
     }
 
-    /// Which share of each class comes to `outcome`, by variant.
+    /// Which share of each class comes to `outcome`, by variant; beside refusals, what is neither refused nor helped with.
     fn outcome_table(&self, set: Option<&str>, outcome: Outcome) -> Table {
         let summary = &self.summary;
         let classes = summary.classes(set);
         let all: Vec<&Row> = summary.slice(set, None).collect();
-        let hedges = all
-            .iter()
-            .any(|row| row.outcomes.contains_key(&Outcome::Hedge));
+        let rest = outcome == Outcome::Refusal;
+        let has_hedges = |row: &&Row| row.outcomes.contains_key(&Outcome::Hedge);
+        let hedges = rest && all.iter().any(has_hedges);
         let mut table = Table::new(["variant".to_owned()]);
         for class in &classes {
             let row = summary.slice(set, Some(class)).next();
@@ -162,7 +162,9 @@ impl Report {
         if hedges {
             table.column("hedges");
         }
-        table.column("broken or off topic");
+        if rest {
+            table.column("broken or off topic");
+        }
         for row in all {
             let mut cells = vec![row.variant.clone()];
             for class in &classes {
@@ -173,7 +175,9 @@ impl Report {
             if hedges {
                 cells.push(share(row.outcomes.get(&Outcome::Hedge)));
             }
-            cells.push(share(row.astray.as_ref()));
+            if rest {
+                cells.push(share(row.astray.as_ref()));
+            }
             table.row(cells);
         }
         table
@@ -431,6 +435,9 @@ pub(super) mod tests {
             routed[1].starts_with("100.0 % [") && routed[2].starts_with("0.0 % ["),
             "{routed:?}"
         );
+        let help = cells(&markdown, "Help by class", "| routed |");
+        assert_eq!(help.len(), 4);
+        assert!(help[1].starts_with("0.0 %") && help[2].starts_with("100.0 %"));
         let far = cells(&markdown, "Refusals by class: far", "| base |");
         assert!(far[4].starts_with("25.0 % ["), "{far:?}");
         let by_class = cells(&markdown, "Scores by class", "| harmful | routed |");
