@@ -35,8 +35,8 @@ pub(super) fn start(
 ) -> Result<Running, CliError> {
     let running = start_with(|| load(source), runtime, metrics)?;
     if source.model.is_none() {
-        tracing::warn!(
-            "no --model: this is the embedded demo. It is untrained and speaks nonsense; it shows that everything works"
+        tracing::info!(
+            "no --model: this is the embedded demo. What it knows and what it doesn't: demo/README.md"
         );
     }
     Ok(running)

@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-fn midpo() -> Command {
+pub fn midpo() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_midpo"));
     // The settings of whoever runs the tests must not matter.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MIDPO_")) {
@@ -21,7 +21,7 @@ fn run(args: &[&str]) -> Output {
     midpo().args(args).output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
@@ -31,20 +31,20 @@ fn fixture(path: &str) -> String {
 }
 
 /// A directory of its own, removed at the end.
-struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = std::env::temp_dir().join(format!("midpo-cli-{}", uuid::Uuid::new_v4()));
         std::fs::create_dir_all(&folder).unwrap();
         Self(folder)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.0.join(name).to_str().unwrap().to_owned()
     }
 
-    fn write(&self, name: &str, content: &str) -> String {
+    pub fn write(&self, name: &str, content: &str) -> String {
         std::fs::write(self.0.join(name), content).unwrap();
         self.path(name)
     }
@@ -165,6 +165,8 @@ fn help_of_every_subcommand_teaches() {
         "serve",
         "chat",
         "convert",
+        "train",
+        "demo",
         "bench",
         "health",
         "reference",
@@ -344,7 +346,7 @@ fn serve_announces_its_address_answers_and_ends_with_0_on_a_signal() {
         let (code, stdout, log) = server.wait();
         assert_eq!(code, Some(0), "{log}");
         assert_eq!(stdout, "", "only the address is on standard output");
-        assert!(log.contains("untrained"), "{log}");
+        assert!(log.contains("this is the embedded demo"), "{log}");
         assert!(!log.contains("Hello"), "a prompt is in the log: {log}");
     }
 }

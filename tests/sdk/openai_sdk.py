@@ -299,8 +299,8 @@ def operations(server, client, model):
     assert server.metric("vllm:num_requests_running") == 0
 
 
-def untrained(server, client, model):
-    assert any("untrained" in line for line in server.log), "the log does not say that the demo is untrained"
+def says_what_it_is(server, client, model):
+    assert any("this is the embedded demo" in line for line in server.log), "the log does not say that it is the demo"
 
 
 async def one_of_many(client, model, number, rng):
@@ -425,7 +425,7 @@ DEMO_CHECKS = [
     completions,
     cancellation,
     operations,
-    untrained,
+    says_what_it_is,
     soak,
 ]
 

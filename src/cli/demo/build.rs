@@ -33,6 +33,7 @@ pub(super) fn run(args: &BuildArgs) -> Result<(), CliError> {
     let routers = evaluation.routers.iter();
     judge::run(&JudgeArgs {
         model: Some(stage("pack")),
+        base: Some(stage("sft")),
         dpo: recipe.train.contains_key("dpo").then(|| stage("dpo")),
         router: routers.map(|router| output.join(router)).collect(),
         prompts: Some(output.join(HELD_OUT)),

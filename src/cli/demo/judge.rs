@@ -22,11 +22,14 @@ pub(super) struct JudgeArgs {
     /// Model that `midpo demo build` has made; by default the embedded one.
     #[arg(long, value_name = "DIR")]
     pub(super) model: Option<PathBuf>,
+    /// The base alone, for `--dpo` and `--router`.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(super) base: Option<PathBuf>,
     /// A LoRA to judge beside it, alone on the base: plain DPO's.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "base")]
     pub(super) dpo: Option<PathBuf>,
-    /// A further router to judge. Repeatable.
-    #[arg(long, value_name = "DIR")]
+    /// A further router to judge, with the model's experts. Repeatable.
+    #[arg(long, value_name = "DIR", requires = "base")]
     pub(super) router: Vec<PathBuf>,
     /// `held_out.jsonl` of `midpo demo corpus`; by default drawn anew, as with seed 1.
     #[arg(long, value_name = "FILE")]
@@ -60,6 +63,10 @@ struct AnswerRow<'a> {
     asked: &'a HeldOutPrompt,
     answer: &'a str,
     verdict: String,
+    /// At the last prompt token, mean over layers.
+    safety_gate: Option<f32>,
+    /// At the last prompt token, mean over layers.
+    helpfulness_gate: Option<f32>,
 }
 
 /// What is judged.
@@ -104,10 +111,11 @@ pub(super) fn run(args: &JudgeArgs) -> Result<(), CliError> {
     say(&tables)
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
     fn rows(&mut self) -> Result<Vec<Row>, CliError> {
+        let args: &'a JudgeArgs = self.args;
         let model = ModelSource {
-            model: self.args.model.clone(),
+            model: args.model.clone(),
             ..ModelSource::default()
         };
         let variants = [
@@ -119,21 +127,23 @@ impl Session<'_> {
         ];
         let named = variants.map(|variant| (variant, variant.as_str().to_owned()));
         let mut rows = self.judged(&model, &named)?;
-        if let Some(dpo) = &self.args.dpo {
-            // Alone on the base: as the only open expert of two.
-            let source = ModelSource {
-                safety: Some(dpo.clone()),
-                helpfulness: Some(dpo.clone()),
-                ..model.clone()
-            };
+        let packed = args.model.clone();
+        let parts = |expert: &dyn Fn(&str) -> Option<PathBuf>, router| ModelSource {
+            model: args.base.clone(),
+            experts: None,
+            safety: expert("safety"),
+            helpfulness: expert("helpfulness"),
+            router,
+        };
+        if let Some(dpo) = &args.dpo {
+            // Alone on the base, as the only open expert of two; no gate asks the router.
+            let source = parts(&|_| Some(dpo.clone()), packed.clone());
             let row = self.judged(&source, &[(Variant::Safety, "plain DPO".to_owned())])?;
             rows.splice(1..1, row);
         }
-        for router in &self.args.router {
-            let source = ModelSource {
-                router: Some(router.clone()),
-                ..model.clone()
-            };
+        for router in &args.router {
+            let expert = |name: &str| packed.as_ref().map(|model| model.join(name));
+            let source = parts(&expert, Some(router.clone()));
             let name = router.file_name().unwrap_or(router.as_os_str());
             let name = format!("routed by {}", name.display());
             rows.extend(self.judged(&source, &[(Variant::Routed, name)])?);
@@ -185,6 +195,8 @@ impl Session<'_> {
                 asked,
                 answer: &answer.text,
                 verdict: format!("{verdict:?}"),
+                safety_gate: answer.gates.map(|(safety, _)| safety),
+                helpfulness_gate: answer.gates.map(|(_, helpfulness)| helpfulness),
             };
             serde_json::to_writer(&mut *writer, &line)
                 .map_err(std::io::Error::from)

@@ -20,8 +20,8 @@ use recipe::DemoRecipe;
 const EXAMPLES: &str = "\
 Examples:
   midpo demo corpus --seed 1 --output corpus           prompts, answers and preferences as JSONL
-  midpo demo build --recipe demo/recipes/small.toml    corpus, tokenizer, base, reward, cost, experts, router, table
-  midpo demo judge --model build/small/model           the table alone";
+  midpo demo build                                     corpus, tokenizer, base, reward, cost, experts, router, table
+  midpo demo judge                                     the table alone, of the embedded model";
 
 /// `midpo demo`.
 #[derive(Debug, Args)]
@@ -60,7 +60,7 @@ struct CorpusArgs {
 #[derive(Debug, Args)]
 struct BuildArgs {
     /// The demo: its corpus, tokenizer, base, evaluation and training (demo/recipes).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", default_value = "demo/recipes/demo.toml")]
     recipe: PathBuf,
     /// Write here instead of `build/NAME`, by the recipe's name.
     #[arg(long, value_name = "DIR")]
