@@ -73,6 +73,8 @@ impl Streams {
         let positions = self.positions(context);
         EngineConfig {
             batch_tokens_max: self.step_rows.max(sequences_max),
+            // As the model alone: whole prompts.
+            step_time_max: Duration::MAX,
             sequences_max,
             queue_max: sequences_max.max(64),
             context_tokens_max: positions,

@@ -31,6 +31,8 @@ use crate::types::Variant;
 pub struct EngineConfig {
     /// Most tokens computed in one step, prefill and decode together.
     pub batch_tokens_max: usize,
+    /// Longest step that decodes, as far as fewer prompt tokens beside them can make it shorter.
+    pub step_time_max: Duration,
     /// Most sequences running at once.
     pub sequences_max: usize,
     /// Most requests waiting; one more is refused.

@@ -157,6 +157,15 @@ pub struct EngineOptions {
         value_name = "TOKENS"
     )]
     pub batch_tokens_max: u32,
+    /// Longest step while answers are generated, and so the longest pause that new prompts cause in a stream: beside decodes, as
+    /// many prompt tokens are computed as fit by the time of the steps before. Longer is faster to the first token.
+    #[arg(
+        long,
+        env = "MIDPO_STEP_TIME_MAX",
+        default_value = "200ms",
+        value_name = "TIME"
+    )]
+    pub step_time_max: TimeSpan,
     /// Most sequences running at once.
     #[arg(
         long,

@@ -56,6 +56,8 @@ pub struct RuntimeConfig {
     pub kv_budget: KvBudget,
     /// Most tokens in a step.
     pub batch_tokens_max: usize,
+    /// Longest step that decodes.
+    pub step_time_max: Duration,
     /// Most sequences at once.
     pub sequences_max: usize,
     /// Most requests waiting.
@@ -204,6 +206,7 @@ impl EngineOptions {
             kv_budget,
             batch_tokens_max: within("batch_tokens_max", self.batch_tokens_max, 1, 1 << 16)?
                 as usize,
+            step_time_max: time("step_time_max", self.step_time_max)?,
             sequences_max: within("sequences_max", self.sequences_max, 1, 1 << 12)? as usize,
             queue_max: within("queue_max", self.queue_max, 1, 1 << 16)? as usize,
             prefix_cache: !self.no_prefix_cache,
@@ -250,6 +253,7 @@ impl RuntimeConfig {
         })?;
         Ok(EngineConfig {
             batch_tokens_max: self.batch_tokens_max,
+            step_time_max: self.step_time_max,
             sequences_max: self.sequences_max,
             queue_max: self.queue_max,
             context_tokens_max,

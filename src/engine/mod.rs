@@ -6,6 +6,7 @@
 mod batch;
 mod error;
 mod handle;
+mod pace;
 pub mod pool;
 pub mod prefix;
 mod request;
@@ -169,6 +170,7 @@ impl<B: Backend> Engine<B> {
         let metrics = &self.metrics;
         metrics.set_last_step(done);
         let lasted = done.saturating_duration_since(started);
+        self.sessions.observe_step(lasted);
         metrics.step_duration.observe(lasted.as_secs_f64());
         metrics.step_tokens.observe(rows as f64);
         metrics.step_sequences.observe(count as f64);

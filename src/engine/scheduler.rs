@@ -63,6 +63,16 @@ pub struct Plan {
     pub started: Vec<Started>,
     /// Sequences that were put back in line.
     pub preempted: usize,
+    /// The first so many of `sequences` are decodes.
+    pub decodes: usize,
+}
+
+impl Plan {
+    /// Tokens of the sequences that are no decodes.
+    pub fn prefill_tokens(&self) -> usize {
+        let prefills = self.sequences.iter().skip(self.decodes);
+        prefills.map(|planned| planned.rows).sum()
+    }
 }
 
 /// What is left of the step.
@@ -124,8 +134,9 @@ impl Scheduler {
         id
     }
 
-    /// Plans one step. Not empty while there are sequences.
-    pub fn plan(&mut self, plan: &mut Plan) {
+    /// Plans one step. Not empty while there are sequences. `prefill_tokens`: most tokens of prompts beside decodes; the limit
+    /// of the step alone holds where none decodes.
+    pub fn plan(&mut self, plan: &mut Plan, prefill_tokens: usize) {
         plan.sequences.clear();
         plan.started.clear();
         plan.preempted = 0;
@@ -134,6 +145,10 @@ impl Scheduler {
             logit_rows: self.limits.logit_rows,
         };
         self.plan_decodes(plan, &mut budget);
+        plan.decodes = plan.sequences.len();
+        if plan.decodes > 0 {
+            budget.tokens = budget.tokens.min(prefill_tokens);
+        }
         self.plan_prefills(plan, &mut budget);
         self.plan_waiting(plan, &mut budget);
     }
@@ -404,8 +419,12 @@ mod tests {
 
     /// Plans and computes one step; returns (sequence, rows, logit rows) of each part.
     fn step(scheduler: &mut Scheduler) -> Vec<(SeqId, usize, usize)> {
+        paced_step(scheduler, usize::MAX)
+    }
+
+    fn paced_step(scheduler: &mut Scheduler, prefill_tokens: usize) -> Vec<(SeqId, usize, usize)> {
         let mut plan = Plan::default();
-        scheduler.plan(&mut plan);
+        scheduler.plan(&mut plan, prefill_tokens);
         for planned in &plan.sequences {
             scheduler.advance(planned);
             if planned.samples {
@@ -429,6 +448,23 @@ mod tests {
         assert_eq!(step(&mut scheduler), third);
         let decodes = [(short, 1, 1), (long, 1, 1), (last, 1, 1)];
         assert_eq!(step(&mut scheduler), decodes);
+    }
+
+    #[test]
+    fn beside_decodes_prompts_share_what_they_are_given() {
+        let mut scheduler = scheduler(64, 8, 100);
+        let first = scheduler.add(new(20, 0), None);
+        let second = scheduler.add(new(9, 1), None);
+        // Nobody waits for a next token yet.
+        let prompts = [(first, 20, 1), (second, 9, 1)];
+        assert_eq!(paced_step(&mut scheduler, 4), prompts);
+        let third = scheduler.add(new(6, 2), None);
+        let fourth = scheduler.add(new(5, 3), None);
+        let decodes = [(first, 1, 1), (second, 1, 1)];
+        let with = |prompts: &[_]| [&decodes, prompts].concat();
+        assert_eq!(paced_step(&mut scheduler, 4), with(&[(third, 4, 0)]));
+        let shared = with(&[(third, 2, 1), (fourth, 2, 0)]);
+        assert_eq!(paced_step(&mut scheduler, 4), shared);
     }
 
     #[test]

@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::handle::{Admission, Submission};
+use super::pace::PrefillPace;
 use super::prefix::{PrefixRoot, Sharing};
 use super::request::{End, Request};
 use super::sampler::{Position, SampleError, Sampler};
@@ -23,6 +24,7 @@ use crate::types::{FinishReason, SeqId, TokenId};
 /// All that the engine thread knows, but for the model.
 pub(super) struct Sessions {
     scheduler: Scheduler,
+    pace: PrefillPace,
     plan: Plan,
     batch: Batch,
     sampler: Sampler,
@@ -73,6 +75,7 @@ impl Sessions {
         };
         Self {
             scheduler: Scheduler::new(scheduler_limits, limits.blocks),
+            pace: PrefillPace::new(config.step_time_max, scheduler_limits.tokens),
             plan: Plan::default(),
             batch: Batch::default(),
             sampler: Sampler::default(),
@@ -157,7 +160,7 @@ impl Sessions {
         if self.scheduler.is_idle() {
             return false;
         }
-        self.scheduler.plan(&mut self.plan);
+        self.scheduler.plan(&mut self.plan, self.pace.tokens());
         self.metrics.preemptions.add(self.plan.preempted as u64);
         for started in &self.plan.started {
             let Some(sequence) = self.scheduler.sequence(started.id) else {
@@ -177,6 +180,11 @@ impl Sessions {
             }
         }
         true
+    }
+
+    /// The planned step took `lasted`, whether or not it could be computed.
+    pub(super) fn observe_step(&mut self, lasted: Duration) {
+        self.pace.observe(self.plan.prefill_tokens(), lasted);
     }
 
     /// The planned step, flattened.

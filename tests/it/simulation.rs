@@ -183,9 +183,10 @@ impl Simulation {
         if self.scheduler.is_idle() {
             return;
         }
-        self.scheduler.plan(&mut self.plan);
+        let prefill_tokens = 1 + self.random.below(80);
+        self.scheduler.plan(&mut self.plan, prefill_tokens);
         self.scheduler.assert_invariants();
-        self.check_plan();
+        self.check_plan(prefill_tokens);
         let plan = std::mem::take(&mut self.plan);
         self.tally.preempted += plan.preempted;
         let cached = plan.started.iter().map(|started| started.cached_tokens);
@@ -207,7 +208,7 @@ impl Simulation {
         self.scheduler.assert_invariants();
     }
 
-    fn check_plan(&self) {
+    fn check_plan(&self, prefill_tokens: usize) {
         let planned = &self.plan.sequences;
         assert!(!planned.is_empty(), "the oldest always advances");
         let rows: usize = planned.iter().map(|planned| planned.rows).sum();
@@ -215,6 +216,10 @@ impl Simulation {
         let logit_rows: usize = planned.iter().map(|planned| planned.logit_rows).sum();
         assert!(logit_rows <= self.world.limits.logit_rows);
         assert!(planned.len() <= self.world.limits.sequences);
+        let (decodes, prefills) = planned.split_at(self.plan.decodes);
+        assert!(decodes.iter().all(|planned| planned.rows == 1));
+        let beside: usize = prefills.iter().map(|planned| planned.rows).sum();
+        assert!(decodes.is_empty() || beside <= prefill_tokens);
         let mut oldest_left_out = None;
         for id in self.streams.keys() {
             let sequence = self.scheduler.sequence(*id).unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::cli::{CliError, engine};
 use crate::config::{Device, KvBudget, KvDType, ModelSource, RuntimeConfig, WeightDType};
@@ -50,6 +51,8 @@ impl Answerer {
             context_tokens_max: None,
             kv_budget: KvBudget::Auto,
             batch_tokens_max: BATCH_TOKENS_MAX,
+            // Nobody watches these streams.
+            step_time_max: Duration::MAX,
             sequences_max: SEQUENCES_MAX,
             queue_max: WINDOW,
             prefix_cache: true,

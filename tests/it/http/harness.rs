@@ -39,6 +39,7 @@ impl Default for Setup {
             experts: true,
             engine: EngineConfig {
                 batch_tokens_max: 64,
+                step_time_max: Duration::from_millis(200),
                 sequences_max: 16,
                 queue_max: 64,
                 context_tokens_max: 320,

@@ -1,6 +1,7 @@
 //! The whole engine over the tiny checkpoints.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use midpo::config::EngineConfig;
 use midpo::engine::{Engine, EngineState, GateDetail, Submission, SubmitError};
@@ -100,15 +101,22 @@ fn an_answer_has_the_same_bits_in_any_company_and_any_chunks() {
     let mut budgets = Random(3);
     for batch_tokens_max in [512, 17 + budgets.below(8), 30 + budgets.below(100)] {
         for company in [false, true] {
-            let config = EngineConfig {
-                batch_tokens_max,
-                ..roomy()
-            };
-            let mut submissions = if company { others() } else { Vec::new() };
-            submissions.push(probe());
-            let answers = Rig::new("tiny-routed", &config).answers(&submissions);
-            let found = answers.last().unwrap().only().bits();
-            assert!(found == want, "{batch_tokens_max} {company}");
+            // Zero: every step was too long, so prompts get their least beside decodes.
+            for step_time_max in [Duration::MAX, Duration::ZERO] {
+                let config = EngineConfig {
+                    batch_tokens_max,
+                    step_time_max,
+                    ..roomy()
+                };
+                let mut submissions = if company { others() } else { Vec::new() };
+                submissions.push(probe());
+                let answers = Rig::new("tiny-routed", &config).answers(&submissions);
+                let found = answers.last().unwrap().only().bits();
+                assert!(
+                    found == want,
+                    "{batch_tokens_max} {company} {step_time_max:?}"
+                );
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use midpo::backend::cpu::{Cpu, CpuOptions};
 use midpo::backend::{Backend, KvFormat, WeightFormat};
@@ -44,6 +45,8 @@ pub(super) fn cpu() -> Cpu {
 pub(super) fn roomy() -> EngineConfig {
     EngineConfig {
         batch_tokens_max: 512,
+        // No clock in a test's plans.
+        step_time_max: Duration::MAX,
         sequences_max: 32,
         queue_max: 64,
         context_tokens_max: 512,
