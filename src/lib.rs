@@ -51,7 +51,7 @@
 //! | prometheus | metrics |
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |
-//! | ndarray, pulp, rayon | train |
+//! | ndarray, pulp | train |
 //! | regex | eval |
 //! | plotters | plot |
 //! | candle_core, candle_nn, candle_transformers, proptest | tests |

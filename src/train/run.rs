@@ -110,7 +110,7 @@ impl<'a, O: Objective> Run<'a, O> {
         let progress = &state.progress;
         let metrics = MetricsFile::open(&job.directory.join(METRICS), progress.step)?;
         Ok(Self {
-            workers: Workers::new(options.threads)?,
+            workers: Workers::new(options.threads),
             batches,
             schedule: Cosine {
                 steps,

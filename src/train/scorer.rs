@@ -50,7 +50,7 @@ impl Scorer {
             model: ScoreModel::from_tensors(&tensors, kind)?,
             encoder,
             normalizer: checkpoint.normalizer,
-            workers: Workers::new(threads)?,
+            workers: Workers::new(threads),
         })
     }
 

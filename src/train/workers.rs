@@ -1,33 +1,23 @@
 //! The threads that compute parts of a batch.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use super::TrainError;
 
-/// So many threads, each a rayon pool of its own: what candle hands to rayon stays on the thread that asked.
-pub struct Workers(Vec<rayon::ThreadPool>);
+/// So many threads, at least 1.
+pub struct Workers(usize);
 
 impl Workers {
-    /// # Errors
-    /// [`TrainError::Engine`] where the system gives no thread.
-    pub fn new(threads: usize) -> Result<Self, TrainError> {
-        let pool = |index: usize| {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(1)
-                .thread_name(move |_| format!("train-{index}"))
-                .build()
-                .map_err(|error| TrainError::Engine(format!("a thread of the trainer: {error}")))
-        };
-        (0..threads.max(1))
-            .map(pool)
-            .collect::<Result<_, _>>()
-            .map(Self)
+    /// Started anew for each batch, which is long beside a start.
+    pub fn new(threads: usize) -> Self {
+        Self(threads.max(1))
     }
 
     /// `work` of every task, in the order of the tasks. Which thread computes a task is chance: `work` must not depend on it.
     ///
     /// # Errors
-    /// The first error, in the order of the tasks.
+    /// The first error, in the order of the tasks; [`TrainError::Engine`] where the system gives no thread.
     pub fn map<T: Sync, R: Send>(
         &self,
         tasks: &[T],
@@ -44,20 +34,22 @@ impl Workers {
                 done.push((index, work(task)));
             }
         };
-        let mut done = std::thread::scope(|scope| {
-            let take = &take;
-            let threads: Vec<_> = self
-                .0
-                .iter()
-                .map(|pool| scope.spawn(move || pool.install(take)))
-                .collect();
-            let results = threads.into_iter().flat_map(|thread| {
+        let joined = thread::scope(|scope| -> Result<Vec<_>, TrainError> {
+            let start = |index| {
+                let thread = thread::Builder::new().name(format!("train-{index}"));
+                thread
+                    .spawn_scoped(scope, take)
+                    .map_err(|error| TrainError::Engine(format!("a thread: {error}")))
+            };
+            let started: Result<Vec<_>, _> = (0..self.0).map(start).collect();
+            let results = started?.into_iter().flat_map(|thread| {
                 thread
                     .join()
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
-            results.collect::<Vec<_>>()
+            Ok(results.collect())
         });
+        let mut done = joined?;
         done.sort_by_key(|(index, _)| *index);
         done.into_iter().map(|(_, result)| result).collect()
     }
@@ -71,7 +63,7 @@ mod tests {
 
     #[test]
     fn map_keeps_the_order_of_the_tasks_and_gives_the_first_error() {
-        let workers = Workers::new(3).unwrap();
+        let workers = Workers::new(3);
         let tasks: Vec<usize> = (0..50).collect();
         let squares = workers.map(&tasks, |task| Ok(task * task)).unwrap();
         assert_eq!(squares, tasks.iter().map(|t| t * t).collect::<Vec<_>>());
@@ -80,12 +72,5 @@ mod tests {
             _ => Err(TrainError::Engine(task.to_string())),
         });
         assert_eq!(error.unwrap_err().to_string(), "autograd: 7");
-    }
-
-    #[test]
-    fn rayon_stays_on_a_worker_of_its_own() {
-        let workers = Workers::new(2).unwrap();
-        let threads = workers.map(&[(), ()], |()| Ok(rayon::current_num_threads()));
-        assert_eq!(threads.unwrap(), [1, 1]);
     }
 }

@@ -46,7 +46,7 @@ pub fn dual(options: &DualStage, how: How, watch: &mut Watch<'_>) -> Result<Dual
     let bad = lines.bad;
     let limit = options.data.limit.unwrap_or(usize::MAX);
     let lines: Vec<PairLine> = lines.items.into_iter().take(limit).collect();
-    let threads = session.threads()?;
+    let threads = session.threads();
     let mut scores = Vec::new();
     for (kind, directory) in [(ScoreKind::Reward, reward), (ScoreKind::Cost, cost)] {
         let scorer = Scorer::open(directory, options.data.max_length, 1)?;

@@ -190,7 +190,7 @@ impl Source<'_> {
         winners: &(impl Fn(&PairLine) -> Result<Vec<usize>, &'static str> + Sync),
         session: &mut Session<'_, '_>,
     ) -> Result<Examples<Pair>, TrainError> {
-        let threads = session.threads()?;
+        let threads = session.threads();
         let lines = read_pairs(file, bad_lines(self.data))?;
         let mut pairs = examples(file, &lines, self.data, &threads, |line| {
             match winners(line) {

@@ -162,20 +162,12 @@ pub(super) struct Threads<'a> {
 
 impl<'a> Threads<'a> {
     /// So many.
-    ///
-    /// # Errors
-    /// Where the system gives no thread.
-    pub(super) fn new(
-        stage: &'static str,
-        count: usize,
-        stop: &'a AtomicBool,
-    ) -> Result<Self, TrainError> {
-        let workers = Workers::new(count)?;
-        Ok(Self {
+    pub(super) fn new(stage: &'static str, count: usize, stop: &'a AtomicBool) -> Self {
+        Self {
             stage,
-            workers,
+            workers: Workers::new(count),
             stop,
-        })
+        }
     }
 
     /// `work` of every task, in the order of the tasks.

@@ -50,7 +50,7 @@ pub fn router(
     )?;
     let base = Base::new(&checkpoint)?;
     let mut router = Router::new(base.clone(), &safety, &helpfulness, settings)?;
-    let threads = session.threads()?;
+    let threads = session.threads();
     let read = |file: &Path| -> Result<(Examples<Pair>, Lines<PairLine>), TrainError> {
         let lines = read_pairs(file, bad_lines(&options.data))?;
         let mut pairs = examples(file, &lines, &options.data, &threads, |line| {

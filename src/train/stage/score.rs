@@ -112,7 +112,7 @@ fn pairs(
         ScoreKind::Reward => line.better,
         ScoreKind::Cost => line.safer,
     };
-    let threads = session.threads()?;
+    let threads = session.threads();
     examples(file, &lines, data, &threads, |line| {
         score_pair(encoder, line, winner(line))
     })

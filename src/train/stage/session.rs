@@ -117,10 +117,7 @@ impl<'a, 'w> Session<'a, 'w> {
     }
 
     /// As many as the user wants.
-    ///
-    /// # Errors
-    /// Where the system gives no thread.
-    pub(super) fn threads(&self) -> Result<Threads<'w>, TrainError> {
+    pub(super) fn threads(&self) -> Threads<'w> {
         Threads::new(self.stage.as_str(), self.threads, self.watch.stop)
     }
 
@@ -173,7 +170,7 @@ impl<'a, 'w> Session<'a, 'w> {
             .fold(Totals::default(), std::ops::Add::add);
         let parts: Vec<&[&O::Item]> = items.chunks(EVALUATED_AT_ONCE).collect();
         let shares = self
-            .threads()?
+            .threads()
             .map(&parts, |part| objective.evaluate(part, totals))?;
         let mut sum = Gradients {
             values: Vec::new(),

@@ -42,7 +42,7 @@ pub fn sft(options: &SftStage, how: How, watch: &mut Watch<'_>) -> Result<Report
     let encoder = Encoder::new(&text, model.config(), options.data.max_length)?;
     let read = |file: &Path, session: &Session<'_, '_>| -> Result<Examples<Sequence>, TrainError> {
         let lines = read_exchanges(file, bad_lines(&options.data))?;
-        let threads = session.threads()?;
+        let threads = session.threads();
         examples(file, &lines, &options.data, &threads, |line| {
             let (sequence, cut) = encoder.sequence(&line.prompt, &line.response)?;
             Ok(Outcome::Examples(vec![sequence], cut))
