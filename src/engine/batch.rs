@@ -4,17 +4,20 @@ use super::scheduler::{Plan, Scheduler};
 use crate::backend::StepSequence;
 use crate::types::TokenId;
 
-/// The step's tokens and the rows whose logits are wanted. Kept between steps for its room.
+/// The step's tokens and the rows whose logits are wanted. Kept between steps for its room: a step of a known size allocates
+/// nothing.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     /// (n).
     pub tokens: Vec<TokenId>,
     /// Rows, each below n.
     pub logit_rows: Vec<usize>,
+    /// Empty: only the room of the last step's list.
+    room: Vec<StepSequence<'static>>,
 }
 
 impl Batch {
-    /// Flattens `plan`; returns the sequences, in the order of their rows.
+    /// Flattens `plan`; returns the sequences, in the order of their rows, for [`Self::keep_room`] to take back.
     pub(super) fn fill<'a>(
         &mut self,
         plan: &Plan,
@@ -22,7 +25,7 @@ impl Batch {
     ) -> Vec<StepSequence<'a>> {
         self.tokens.clear();
         self.logit_rows.clear();
-        let mut sequences = Vec::with_capacity(plan.sequences.len());
+        let mut sequences = emptied(std::mem::take(&mut self.room));
         for planned in &plan.sequences {
             let Some(sequence) = scheduler.sequence(planned.id) else {
                 unreachable!("planned sequences are alive");
@@ -41,4 +44,16 @@ impl Batch {
         }
         sequences
     }
+
+    /// Takes the room of a list that is no longer needed.
+    pub(super) fn keep_room(&mut self, room: Vec<StepSequence<'static>>) {
+        self.room = room;
+    }
+}
+
+/// The room of `list`, for sequences that live otherwise: collected from a vector of the same layout, it is the same memory.
+pub(super) fn emptied<'to>(mut list: Vec<StepSequence<'_>>) -> Vec<StepSequence<'to>> {
+    list.clear();
+    let none = |_: StepSequence<'_>| -> StepSequence<'to> { unreachable!("the list is empty") };
+    list.into_iter().map(none).collect()
 }

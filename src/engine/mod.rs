@@ -150,6 +150,8 @@ impl<B: Backend> Engine<B> {
         };
         let (rows, count) = (layout.tokens.len(), layout.sequences.len());
         let computed = self.model.forward(&layout);
+        let room = batch::emptied(sequences);
+        self.sessions.keep_room(room);
         let now = Instant::now();
         match computed {
             Ok(output) => {

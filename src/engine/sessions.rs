@@ -193,6 +193,11 @@ impl Sessions {
         (sequences, &self.batch)
     }
 
+    /// Takes the room of what [`Self::batch`] returned, for the next step.
+    pub(super) fn keep_room(&mut self, room: Vec<StepSequence<'static>>) {
+        self.batch.keep_room(room);
+    }
+
     /// Moves every planned sequence on; the only place where that happens.
     pub(super) fn commit(&mut self, output: StepOutput<'_>, now: Instant) {
         let plan = std::mem::take(&mut self.plan);
