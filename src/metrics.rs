@@ -384,8 +384,90 @@ pub struct MetricInfo {
     pub labels: Vec<&'static str>,
 }
 
-/// All metrics of the process. Shared by an `Arc`; every field may be written from any thread without a lock.
-pub struct Metrics {
+/// The table of metrics. A row: help, which is also the field's documentation; field and type; how it is made, name, buckets.
+macro_rules! metrics {
+    ($(#[doc = $help:literal] $field:ident: $type:ty = $make:ident($name:literal $(, $buckets:expr)?);)+) => {
+        /// All metrics of the process. Shared by an `Arc`; every field may be written from any thread without a lock.
+        pub struct Metrics {
+            /// What is known of the process beside its counts.
+            process: Process,
+            $(#[doc = $help] pub $field: $type),+
+        }
+
+        impl Metrics {
+            fn build(mut build: Builder, process: impl FnOnce(Builder) -> Process) -> Self {
+                Self {
+                    $($field: build.$make($name, $help.trim_ascii(), $($buckets)?),)+
+                    process: process(build),
+                }
+            }
+        }
+    };
+}
+
+metrics! {
+    /// HTTP responses, by route and status.
+    http_requests: By<Route, By<Status, Counter>> = counters_by_two("midpo_http_requests_total");
+    /// HTTP requests being answered.
+    http_requests_in_flight: Gauge = gauge("midpo_http_requests_in_flight");
+    /// From a request's head to the last byte of its response.
+    http_request_duration: By<Route, Histogram> = histograms_by("midpo_http_request_duration_seconds", &LATENCY_SECONDS);
+
+    /// Requests that the engine took, by variant.
+    requests: By<Variant, Counter> = counters_by("midpo_requests_total");
+    // At rest they add up to `requests`.
+    /// Requests that ended, by variant and the gravest reason of their choices.
+    requests_finished: By<Variant, By<FinishReason, Counter>> = counters_by_two("midpo_requests_finished_total");
+    /// Choices that ended, by variant and reason.
+    sequences_finished: By<Variant, By<FinishReason, Counter>> = counters_by_two("midpo_sequences_finished_total");
+    /// Submissions that the engine refused.
+    refusals: By<Refusal, Counter> = counters_by("midpo_refused_requests_total");
+    /// Requests that the client left before their end.
+    cancellations: Counter = counter("midpo_cancellations_total");
+    /// Sequences in the batch.
+    sequences_running: Gauge = gauge("midpo_sequences_running");
+    /// Sequences that wait for a place in the batch, preempted ones too.
+    sequences_waiting: Gauge = gauge("midpo_sequences_waiting");
+    /// Sequences put back to be computed again, for want of K/V blocks.
+    preemptions: Counter = counter("midpo_preemptions_total");
+
+    /// Prompt tokens of requests whose prompt is computed, by variant.
+    prompt_tokens: By<Variant, Counter> = counters_by("midpo_prompt_tokens_total");
+    /// Tokens sampled, by variant.
+    generated_tokens: By<Variant, Counter> = counters_by("midpo_generated_tokens_total");
+    // One observation for each request with a token.
+    /// From accept to a request's first token.
+    time_to_first_token: Histogram = histogram("midpo_time_to_first_token_seconds", &LATENCY_SECONDS);
+    /// Between two tokens of a choice.
+    inter_token_latency: Histogram = histogram("midpo_inter_token_latency_seconds", &LATENCY_SECONDS);
+    /// From accept to a request's first step.
+    queue_time: Histogram = histogram("midpo_queue_time_seconds", &LATENCY_SECONDS);
+    /// From accept to the end of a request's last choice.
+    request_duration: Histogram = histogram("midpo_request_duration_seconds", &LATENCY_SECONDS);
+    /// A gate of a generated token, mean over layers, by gate and variant.
+    gates: By<Gate, By<Variant, Histogram>> = histograms_by_two("midpo_gate_ratio", &GATE_RATIO);
+
+    /// Share of the K/V blocks that sequences hold, 0 to 1.
+    kv_cache_usage: RealGauge = real_gauge("midpo_kv_cache_usage_ratio");
+    /// K/V blocks, by state.
+    kv_blocks: By<BlockState, Gauge> = gauges_by("midpo_kv_blocks");
+    /// Prompt tokens looked up in the prefix cache.
+    prefix_cache_query_tokens: Counter = counter("midpo_prefix_cache_query_tokens_total");
+    /// Prompt tokens found in the prefix cache.
+    prefix_cache_hit_tokens: Counter = counter("midpo_prefix_cache_hit_tokens_total");
+
+    /// From plan to commit of a step.
+    step_duration: Histogram = histogram("midpo_step_duration_seconds", &LATENCY_SECONDS);
+    /// Tokens computed in a step, prefill and decode together.
+    step_tokens: Histogram = histogram("midpo_step_tokens", &STEP_SIZE);
+    /// Sequences in a step.
+    step_sequences: Histogram = histogram("midpo_step_sequences", &STEP_SIZE);
+    /// Steps that the backend could not compute.
+    step_failures: Counter = counter("midpo_step_failures_total");
+}
+
+/// What is known of the process beside its counts.
+struct Process {
     registry: Registry,
     infos: Vec<MetricInfo>,
     model_name: String,
@@ -394,63 +476,6 @@ pub struct Metrics {
     last_step: AtomicU64,
     last_step_age: RealGauge,
     cache_config: IntGaugeVec,
-
-    /// HTTP responses by route and status.
-    pub http_requests: By<Route, By<Status, Counter>>,
-    /// HTTP requests being answered.
-    pub http_requests_in_flight: Gauge,
-    /// From the request's head to the last byte of its response.
-    pub http_request_duration: By<Route, Histogram>,
-
-    /// Requests that the engine took, by variant.
-    pub requests: By<Variant, Counter>,
-    /// Requests that ended, by variant and by the gravest reason of their choices. At rest they add up to `requests`.
-    pub requests_finished: By<Variant, By<FinishReason, Counter>>,
-    /// Choices that ended, by variant and reason.
-    pub sequences_finished: By<Variant, By<FinishReason, Counter>>,
-    /// Submissions that the engine refused.
-    pub refusals: By<Refusal, Counter>,
-    /// Requests that the client left before their end.
-    pub cancellations: Counter,
-    /// Sequences in the batch.
-    pub sequences_running: Gauge,
-    /// Sequences that wait for a place in the batch, preempted ones too.
-    pub sequences_waiting: Gauge,
-    /// Sequences put back to be computed again, for want of blocks.
-    pub preemptions: Counter,
-
-    /// Prompt tokens of requests whose prompt is computed.
-    pub prompt_tokens: By<Variant, Counter>,
-    /// Tokens sampled.
-    pub generated_tokens: By<Variant, Counter>,
-    /// From accept to first token: one observation for each request with a token.
-    pub time_to_first_token: Histogram,
-    /// Between two tokens of a choice.
-    pub inter_token_latency: Histogram,
-    /// From accept to the first step of the request.
-    pub queue_time: Histogram,
-    /// From accept to the end of the last choice.
-    pub request_duration: Histogram,
-    /// One gate of one generated token, mean over layers.
-    pub gates: By<Gate, By<Variant, Histogram>>,
-
-    /// Held share of the K/V blocks.
-    pub kv_cache_usage: RealGauge,
-    /// K/V blocks by state.
-    pub kv_blocks: By<BlockState, Gauge>,
-    /// Prompt tokens looked up in the prefix cache.
-    pub prefix_cache_query_tokens: Counter,
-    /// Prompt tokens found there.
-    pub prefix_cache_hit_tokens: Counter,
-
-    /// From plan to commit.
-    pub step_duration: Histogram,
-    /// Tokens computed in a step.
-    pub step_tokens: Histogram,
-    /// Sequences in a step.
-    pub step_sequences: Histogram,
-    /// Steps that the backend could not compute.
-    pub step_failures: Counter,
 }
 
 impl Metrics {
@@ -476,114 +501,7 @@ impl Metrics {
             "midpo_last_step_age_seconds",
             "Since the end of the last step; grows while there is nothing to do.",
         );
-        Self {
-            http_requests: build.counters_by_two(
-                "midpo_http_requests_total",
-                "HTTP responses, by route and status.",
-            ),
-            http_requests_in_flight: build.gauge(
-                "midpo_http_requests_in_flight",
-                "HTTP requests being answered.",
-            ),
-            http_request_duration: build.histograms_by(
-                "midpo_http_request_duration_seconds",
-                "From a request's head to the last byte of its response.",
-                &LATENCY_SECONDS,
-            ),
-            requests: build.counters_by(
-                "midpo_requests_total",
-                "Requests that the engine took, by variant.",
-            ),
-            requests_finished: build.counters_by_two(
-                "midpo_requests_finished_total",
-                "Requests that ended, by variant and the gravest reason of their choices.",
-            ),
-            sequences_finished: build.counters_by_two(
-                "midpo_sequences_finished_total",
-                "Choices that ended, by variant and reason.",
-            ),
-            refusals: build.counters_by(
-                "midpo_refused_requests_total",
-                "Submissions that the engine refused.",
-            ),
-            cancellations: build.counter(
-                "midpo_cancellations_total",
-                "Requests that the client left before their end.",
-            ),
-            sequences_running: build.gauge("midpo_sequences_running", "Sequences in the batch."),
-            sequences_waiting: build.gauge(
-                "midpo_sequences_waiting",
-                "Sequences that wait for a place in the batch, preempted ones too.",
-            ),
-            preemptions: build.counter(
-                "midpo_preemptions_total",
-                "Sequences put back to be computed again, for want of K/V blocks.",
-            ),
-            prompt_tokens: build.counters_by(
-                "midpo_prompt_tokens_total",
-                "Prompt tokens of requests whose prompt is computed, by variant.",
-            ),
-            generated_tokens: build.counters_by(
-                "midpo_generated_tokens_total",
-                "Tokens sampled, by variant.",
-            ),
-            time_to_first_token: build.histogram(
-                "midpo_time_to_first_token_seconds",
-                "From accept to a request's first token.",
-                &LATENCY_SECONDS,
-            ),
-            inter_token_latency: build.histogram(
-                "midpo_inter_token_latency_seconds",
-                "Between two tokens of a choice.",
-                &LATENCY_SECONDS,
-            ),
-            queue_time: build.histogram(
-                "midpo_queue_time_seconds",
-                "From accept to a request's first step.",
-                &LATENCY_SECONDS,
-            ),
-            request_duration: build.histogram(
-                "midpo_request_duration_seconds",
-                "From accept to the end of a request's last choice.",
-                &LATENCY_SECONDS,
-            ),
-            gates: build.histograms_by_two(
-                "midpo_gate_ratio",
-                "A gate of a generated token, mean over layers, by gate and variant.",
-                &GATE_RATIO,
-            ),
-            kv_cache_usage: build.real_gauge(
-                "midpo_kv_cache_usage_ratio",
-                "Share of the K/V blocks that sequences hold, 0 to 1.",
-            ),
-            kv_blocks: build.gauges_by("midpo_kv_blocks", "K/V blocks, by state."),
-            prefix_cache_query_tokens: build.counter(
-                "midpo_prefix_cache_query_tokens_total",
-                "Prompt tokens looked up in the prefix cache.",
-            ),
-            prefix_cache_hit_tokens: build.counter(
-                "midpo_prefix_cache_hit_tokens_total",
-                "Prompt tokens found in the prefix cache.",
-            ),
-            step_duration: build.histogram(
-                "midpo_step_duration_seconds",
-                "From plan to commit of a step.",
-                &LATENCY_SECONDS,
-            ),
-            step_tokens: build.histogram(
-                "midpo_step_tokens",
-                "Tokens computed in a step, prefill and decode together.",
-                &STEP_SIZE,
-            ),
-            step_sequences: build.histogram(
-                "midpo_step_sequences",
-                "Sequences in a step.",
-                &STEP_SIZE,
-            ),
-            step_failures: build.counter(
-                "midpo_step_failures_total",
-                "Steps that the backend could not compute.",
-            ),
+        Self::build(build, |build| Process {
             registry: build.registry,
             infos: build.infos,
             model_name: model_name.to_owned(),
@@ -591,12 +509,13 @@ impl Metrics {
             last_step: AtomicU64::new(0),
             last_step_age,
             cache_config,
-        }
+        })
     }
 
     /// Publishes the size of the K/V cache; once, when the model is loaded.
     pub fn set_kv_blocks(&self, blocks: usize) {
-        self.cache_config
+        self.process
+            .cache_config
             .with_label_values(&[&BLOCK_TOKENS.to_string(), &blocks.to_string()])
             .set(1);
         self.kv_blocks.of(BlockState::Free).set(blocks);
@@ -604,15 +523,19 @@ impl Metrics {
 
     /// A step ended at `now`.
     pub fn set_last_step(&self, now: Instant) {
-        let micros = now.saturating_duration_since(self.started).as_micros();
+        let micros = now
+            .saturating_duration_since(self.process.started)
+            .as_micros();
         let micros = u64::try_from(micros).unwrap_or(u64::MAX - 1);
-        self.last_step.store(micros + 1, Ordering::Relaxed);
+        self.process.last_step.store(micros + 1, Ordering::Relaxed);
     }
 
     /// The text exposition format (`text/plain; version=0.0.4`).
     pub fn render(&self) -> String {
-        self.last_step_age.set(self.last_step_age(Instant::now()));
-        let mut families = self.registry.gather();
+        self.process
+            .last_step_age
+            .set(self.last_step_age(Instant::now()));
+        let mut families = self.process.registry.gather();
         let aliases: Vec<MetricFamily> = ALIASES
             .iter()
             .filter_map(|(alias, original)| {
@@ -632,22 +555,28 @@ impl Metrics {
     /// Every metric, aliases last.
     pub fn infos(&self) -> Vec<MetricInfo> {
         let alias = |(name, original): &(&str, &str)| {
-            let info = self.infos.iter().find(|info| info.name == *original)?;
+            let info = self
+                .process
+                .infos
+                .iter()
+                .find(|info| info.name == *original)?;
             let mut info = info.clone();
             info.name = (*name).to_owned();
             info.labels.push("model_name");
             Some(info)
         };
-        let mut infos = self.infos.clone();
+        let mut infos = self.process.infos.clone();
         infos.extend(ALIASES.iter().filter_map(alias));
         infos
     }
 
     fn last_step_age(&self, now: Instant) -> f64 {
-        match self.last_step.load(Ordering::Relaxed) {
+        match self.process.last_step.load(Ordering::Relaxed) {
             0 => 0.0,
             micros => {
-                let age = now.saturating_duration_since(self.started).as_secs_f64();
+                let age = now
+                    .saturating_duration_since(self.process.started)
+                    .as_secs_f64();
                 (age - (micros - 1) as f64 * 1e-6).max(0.0)
             }
         }
@@ -658,7 +587,7 @@ impl Metrics {
         for metric in family.mut_metric() {
             let mut model = LabelPair::default();
             model.set_name("model_name".to_owned());
-            model.set_value(self.model_name.clone());
+            model.set_value(self.process.model_name.clone());
             let mut labels = metric.take_label();
             labels.push(model);
             metric.set_label(labels);
@@ -882,9 +811,9 @@ mod tests {
     #[test]
     fn last_step_age_counts_from_the_last_step() {
         let metrics = Metrics::new("m");
-        let later = metrics.started + Duration::from_secs(5);
+        let later = metrics.process.started + Duration::from_secs(5);
         assert_eq!(metrics.last_step_age(later), 0.0);
-        metrics.set_last_step(metrics.started + Duration::from_secs(2));
+        metrics.set_last_step(metrics.process.started + Duration::from_secs(2));
         assert!((metrics.last_step_age(later) - 3.0).abs() < 1e-5);
     }
 
