@@ -1,6 +1,7 @@
 //! Reading a request and holding it to its limits: what comes out of here is legal in every field.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -204,61 +205,24 @@ fn cache_salt(salt: Option<&str>) -> Result<Option<String>, ApiError> {
 
 fn sampling(request: &GenerationRequest, state: &AppState) -> Result<SamplingParams, ApiError> {
     let defaults = state.model().defaults;
-    let within = |param: &str, value: Option<f32>, default: f32, least: f32, most: f32| match value
-    {
-        None => Ok(default),
-        // Infinity is what a number beyond f32 has become.
-        Some(value) if least <= value && value <= most => Ok(value),
-        Some(value) => Err(range(param, least, most, value)),
-    };
-    let temperature = within(
-        "temperature",
-        request.temperature,
-        defaults.temperature,
-        0.0,
-        TEMPERATURE_MAX,
-    )?;
-    let top_p = within("top_p", request.top_p, defaults.top_p, 0.0, 1.0)?;
-    let min_p = within("min_p", request.min_p, defaults.min_p, 0.0, 1.0)?;
-    let presence_penalty = within(
-        "presence_penalty",
-        request.presence_penalty,
-        0.0,
-        -PENALTY_MAX,
-        PENALTY_MAX,
-    )?;
-    let frequency_penalty = within(
-        "frequency_penalty",
-        request.frequency_penalty,
-        0.0,
-        -PENALTY_MAX,
-        PENALTY_MAX,
-    )?;
-    let repetition_penalty = match request.repetition_penalty {
-        None => defaults.repetition_penalty,
-        Some(penalty) if penalty > 0.0 && penalty <= REPETITION_PENALTY_MAX => penalty,
-        Some(penalty) => {
-            let message = format!("expected above 0, to {REPETITION_PENALTY_MAX}, found {penalty}");
-            return Err(ApiError::invalid("repetition_penalty", message));
-        }
-    };
-    let top_k = match request.top_k {
-        None => defaults.top_k,
-        Some(-1) => 0,
-        Some(top_k) => u32::try_from(top_k).map_err(|_| {
-            ApiError::invalid("top_k", format!("expected -1, 0 or more, found {top_k}"))
-        })?,
-    };
+    let limits = 0.0..=TEMPERATURE_MAX;
+    let temperature = within("temperature", request.temperature, limits)?;
+    let top_p = within("top_p", request.top_p, 0.0..=1.0)?;
+    let min_p = within("min_p", request.min_p, 0.0..=1.0)?;
+    let penalty = |param, value| within(param, value, -PENALTY_MAX..=PENALTY_MAX);
+    let presence_penalty = penalty("presence_penalty", request.presence_penalty)?;
+    let frequency_penalty = penalty("frequency_penalty", request.frequency_penalty)?;
+    let repetition_penalty = repetition_penalty(request.repetition_penalty)?;
     let vocabulary = state.engine().limits().vocabulary;
     Ok(SamplingParams {
-        temperature,
-        top_k,
+        temperature: temperature.unwrap_or(defaults.temperature),
+        top_k: top_k(request.top_k)?.unwrap_or(defaults.top_k),
         // 0 is legal in OpenAI's API and means the one most likely token, as does the least number above it.
-        top_p: top_p.max(f32::MIN_POSITIVE),
-        min_p,
-        presence_penalty,
-        frequency_penalty,
-        repetition_penalty,
+        top_p: top_p.unwrap_or(defaults.top_p).max(f32::MIN_POSITIVE),
+        min_p: min_p.unwrap_or(defaults.min_p),
+        presence_penalty: presence_penalty.unwrap_or(0.0),
+        frequency_penalty: frequency_penalty.unwrap_or(0.0),
+        repetition_penalty: repetition_penalty.unwrap_or(defaults.repetition_penalty),
         logit_bias: logit_bias(
             request.logit_bias.as_ref(),
             vocabulary,
@@ -275,6 +239,42 @@ fn sampling(request: &GenerationRequest, state: &AppState) -> Result<SamplingPar
         stop_token_ids: stop_token_ids(request.stop_token_ids.as_deref(), vocabulary)?,
         ignore_eos: request.ignore_eos.unwrap_or(false),
     })
+}
+
+fn within(
+    param: &str,
+    value: Option<f32>,
+    limits: RangeInclusive<f32>,
+) -> Result<Option<f32>, ApiError> {
+    match value {
+        // Infinity is what a number beyond f32 has become.
+        Some(value) if !limits.contains(&value) => {
+            Err(range(param, *limits.start(), *limits.end(), value))
+        }
+        value => Ok(value),
+    }
+}
+
+fn repetition_penalty(penalty: Option<f32>) -> Result<Option<f32>, ApiError> {
+    match penalty {
+        None => Ok(None),
+        Some(penalty) if penalty > 0.0 && penalty <= REPETITION_PENALTY_MAX => Ok(Some(penalty)),
+        Some(penalty) => {
+            let message = format!("expected above 0, to {REPETITION_PENALTY_MAX}, found {penalty}");
+            Err(ApiError::invalid("repetition_penalty", message))
+        }
+    }
+}
+
+/// 0: every token; the API writes -1 too.
+fn top_k(top_k: Option<i64>) -> Result<Option<u32>, ApiError> {
+    match top_k {
+        None => Ok(None),
+        Some(-1) => Ok(Some(0)),
+        Some(top_k) => u32::try_from(top_k).map(Some).map_err(|_| {
+            ApiError::invalid("top_k", format!("expected -1, 0 or more, found {top_k}"))
+        }),
+    }
 }
 
 fn logit_bias(
