@@ -201,7 +201,7 @@ fn matmul(machine: &mut Machine, (o, k, w): (usize, usize, usize), dtype: DType,
                     add: false,
                 };
                 cpu.matmul(call).unwrap();
-                black_box(cpu.read(&y, n).unwrap());
+                black_box(cpu.read(&mut y, n).unwrap());
             },
         );
     }

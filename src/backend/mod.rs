@@ -1,12 +1,17 @@
 //! Devices: what a backend can do ([`Backend`], contracts in [`ops`]), what that means ([`mod@reference`]), and the real ones.
 
 pub mod cpu;
+pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod device;
 mod error;
+mod open;
 pub mod ops;
 pub mod reference;
 mod step;
 
 pub use error::BackendError;
+pub use open::{DeviceChoice, UseBackend, open};
 pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence};
 
 use crate::dtype::{BlockType, DType};
@@ -162,15 +167,32 @@ pub trait Backend: Sized + Send + 'static {
         format: WeightFormat,
     ) -> Result<Self::Matrix, BackendError>;
 
-    /// A zeroed buffer.
+    /// E of [`ops::SILU_MUL_EXPERT_MIX`]: A_s and A_h (w, m) over the rows of both gates (2, m), which every backend keeps in f32.
+    fn experts(
+        &self,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+    ) -> Result<Self::Matrix, BackendError> {
+        self.matrix(&[lora_a, gates], None, WeightFormat::Stored)
+    }
+
+    /// A zeroed buffer of activations, which a backend may keep in two bytes a number.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
+
+    /// A zeroed buffer of f32 on every device: what each op says is `exact` (residual stream, weights of norms, tables, gates, logits).
+    fn exact_buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError> {
+        self.buffer(rows, width)
+    }
 
     /// Overwrites the first rows of `buffer` with `values` (whole rows).
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<(), BackendError>;
 
     /// The first `rows` rows of `buffer`, after all ops so far.
-    fn read<'a>(&'a self, buffer: &'a Self::Buffer, rows: usize)
-    -> Result<&'a [f32], BackendError>;
+    fn read<'a>(
+        &'a self,
+        buffer: &'a mut Self::Buffer,
+        rows: usize,
+    ) -> Result<&'a [f32], BackendError>;
 
     /// A cache for K and V. No op reads a position before it was written, so a block may hold anything, NaN too, when it changes
     /// hands.

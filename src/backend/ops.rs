@@ -63,7 +63,7 @@ pub const RMS_NORM: Op = Op {
 pub const MATMUL: Op = Op {
     name: "matmul",
     formula: "y (+)= [W | X] [x_k ; x_w]; X is the extension [s B_s | s B_h] (MIDPO.md 1), w = 0 without one; a part of W in a block \
-              format meets quantise_block(x_k), unless the matrix was made with WeightFormat::F32",
+              format meets quantise_block(x_k), unless the matrix was made with WeightFormat::F32; a GPU widens such a part and rounds it to its storage",
     operands: &[("x", "n k+w"), ("w", "o k+w"), (">y", "n o")],
     layout: "W is stored by the backend as it likes; the sum of an element runs over k in a fixed order, whatever n",
     tolerance: SUMS,

@@ -230,7 +230,7 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn read<'a>(&'a self, buffer: &'a Rows, rows: usize) -> Result<&'a [f32], BackendError> {
+    fn read<'a>(&'a self, buffer: &'a mut Rows, rows: usize) -> Result<&'a [f32], BackendError> {
         super::ops::bind_read(buffer, rows)?;
         Ok(&buffer.values[..rows * buffer.width])
     }

@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{CliError, memory};
-use crate::backend::cpu::{Cpu, CpuOptions};
-use crate::backend::{KvFormat, KvShape, WeightFormat};
+use crate::backend::cpu::CpuOptions;
+use crate::backend::cuda::CudaOptions;
+use crate::backend::{
+    self, Backend, BackendError, DeviceChoice, KvFormat, KvShape, UseBackend, WeightFormat,
+};
 use crate::checkpoint::{self, BaseTensors, Checkpoint, RopeScaling, Sources, Verify};
 use crate::config::{
     ConfigError, Device, EngineConfig, KvDType, ModelFacts, ModelSource, RuntimeConfig, WeightDType,
@@ -48,30 +51,76 @@ pub(super) fn start_with(
     runtime: &RuntimeConfig,
     metrics: Arc<Metrics>,
 ) -> Result<Running, CliError> {
-    let began = Instant::now();
-    let backend = backend(runtime)?;
-    let checkpoint = load()?;
-    let model = served_model(&checkpoint)?;
-    let kv_format = match runtime.kv_dtype {
-        KvDType::Bf16 => KvFormat::BF16,
-        KvDType::F32 => KvFormat::F32,
+    let choice = match runtime.device {
+        Device::Auto => DeviceChoice::Auto,
+        Device::Cpu => DeviceChoice::Cpu,
+        Device::Cuda => DeviceChoice::Cuda,
     };
-    let weight_format = weight_format(runtime.dtype);
-    warn_of_second_rounding(&checkpoint.base, weight_format);
-    let facts = facts(&checkpoint, kv_format);
-    let free = memory::free_bytes().saturating_sub(weight_bytes(&checkpoint.base));
-    let config = runtime.engine(facts, free)?;
-    let options = model_options(&config, kv_format, weight_format);
-    let routed = RoutedLlama::new(backend, &checkpoint, options)?;
-    say_what_is_loaded(&checkpoint, &config, facts, began);
-    drop(checkpoint);
-    let (handle, thread) =
-        Engine::spawn(routed, &config, metrics).map_err(CliError::io("the engine's thread"))?;
-    Ok(Running {
-        handle,
-        thread,
-        model,
-    })
+    let cpu = CpuOptions {
+        threads: runtime.threads,
+        ..CpuOptions::default()
+    };
+    let start = Start {
+        load,
+        runtime,
+        metrics,
+        began: Instant::now(),
+    };
+    let opened = backend::open(choice, cpu, CudaOptions::default(), start);
+    opened.map_err(|error| no_device(runtime.device, error))?
+}
+
+/// Asking for a GPU where there is none is the user's to mend.
+fn no_device(device: Device, error: BackendError) -> CliError {
+    match (device, error) {
+        (Device::Cuda, BackendError::Unavailable { reason, .. }) => ConfigError::Value {
+            origin: "--device".to_owned(),
+            key: "device".to_owned(),
+            expected: format!("auto or cpu ({reason})"),
+            found: "cuda".to_owned(),
+        }
+        .into(),
+        (_, error) => error.into(),
+    }
+}
+
+/// What is to be started, before the device is known.
+struct Start<'a, L> {
+    load: L,
+    runtime: &'a RuntimeConfig,
+    metrics: Arc<Metrics>,
+    began: Instant,
+}
+
+impl<L: FnOnce() -> Result<Checkpoint, CliError>> UseBackend for Start<'_, L> {
+    type Output = Result<Running, CliError>;
+
+    fn run<B: Backend>(self, backend: B, device_bytes: Option<u64>) -> Result<Running, CliError> {
+        let runtime = self.runtime;
+        let checkpoint = (self.load)()?;
+        let model = served_model(&checkpoint)?;
+        let kv_format = match runtime.kv_dtype {
+            KvDType::Bf16 => KvFormat::BF16,
+            KvDType::F32 => KvFormat::F32,
+        };
+        let weight_format = weight_format(runtime.dtype);
+        warn_of_second_rounding(&checkpoint.base, weight_format);
+        let facts = facts(&checkpoint, kv_format);
+        let free = device_bytes.unwrap_or_else(memory::free_bytes);
+        let free = free.saturating_sub(weight_bytes(&checkpoint.base));
+        let config = runtime.engine(facts, free)?;
+        let options = model_options(&config, kv_format, weight_format);
+        let routed = RoutedLlama::new(backend, &checkpoint, options)?;
+        say_what_is_loaded(&checkpoint, &config, facts, self.began);
+        drop(checkpoint);
+        let spawned = Engine::spawn(routed, &config, self.metrics);
+        let (handle, thread) = spawned.map_err(CliError::io("the engine's thread"))?;
+        Ok(Running {
+            handle,
+            thread,
+            model,
+        })
+    }
 }
 
 /// The files of `source`, read and checked.
@@ -101,22 +150,6 @@ pub(super) fn sources(source: &ModelSource) -> Result<Option<Sources>, CliError>
         Some(directory) => sources.with_experts(directory)?,
         None => sources,
     }))
-}
-
-fn backend(runtime: &RuntimeConfig) -> Result<Cpu, CliError> {
-    if runtime.device == Device::Cuda {
-        return Err(ConfigError::Value {
-            origin: "--device".to_owned(),
-            key: "device".to_owned(),
-            expected: "auto or cpu, since this build knows no other device".to_owned(),
-            found: "cuda".to_owned(),
-        }
-        .into());
-    }
-    Ok(Cpu::new(CpuOptions {
-        threads: runtime.threads,
-        ..CpuOptions::default()
-    })?)
 }
 
 /// The text side of a checkpoint, for a server.

@@ -41,16 +41,16 @@ impl<B: Backend> Activations<B> {
         let (d, m) = (config.hidden_size, config.intermediate_size);
         let heads = heads(config);
         Ok(Self {
-            x: backend.buffer(rows, d)?,
+            x: backend.exact_buffer(rows, d)?,
             normed: backend.buffer(rows, d)?,
             qkv: backend.buffer(rows, heads.qkv_width())?,
             attention: backend.buffer(rows, heads.query * heads.size)?,
             gate_up: backend.buffer(rows, 2 * m)?,
             hu: backend.buffer(rows, m + expert_width)?,
-            gates: backend.buffer(rows, 2 * config.num_layers)?,
-            head_x: backend.buffer(logit_rows, d)?,
+            gates: backend.exact_buffer(rows, 2 * config.num_layers)?,
+            head_x: backend.exact_buffer(logit_rows, d)?,
             head_normed: backend.buffer(logit_rows, d)?,
-            logits: backend.buffer(logit_rows, config.vocab_size)?,
+            logits: backend.exact_buffer(logit_rows, config.vocab_size)?,
         })
     }
 }

@@ -155,9 +155,9 @@ impl<B: Backend> RoutedLlama<B> {
             add: false,
         })?;
         Ok(StepOutput {
-            logits: backend.read(&act.logits, logit_rows)?,
+            logits: backend.read(&mut act.logits, logit_rows)?,
             gates: if self.routed {
-                backend.read(&act.gates, rows)?
+                backend.read(&mut act.gates, rows)?
             } else {
                 &[]
             },

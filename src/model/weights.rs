@@ -60,7 +60,7 @@ impl<B: Backend> Weights<B> {
         } = &checkpoint.base;
         let experts = checkpoint.experts.as_ref();
         let layers = layers.iter().enumerate();
-        let mut rope = backend.buffer(positions, checkpoint.config.head_dim)?;
+        let mut rope = backend.exact_buffer(positions, checkpoint.config.head_dim)?;
         backend.write(&mut rope, &rope_table(&checkpoint.config, positions))?;
         Ok(Self {
             embed: uploader.outer("model.embed_tokens", embed_tokens)?,
@@ -186,8 +186,7 @@ impl<B: Backend> Uploader<'_, B> {
             safety_bias: gates.safety.bias,
             helpfulness_bias: gates.helpfulness.bias,
         };
-        let parts = [lora_a.host(), gate_rows.host()];
-        let matrix = self.backend.matrix(&parts, None, WeightFormat::Stored);
+        let matrix = self.backend.experts(lora_a.host(), gate_rows.host());
         Ok((matrix.map_err(|source| weights_error(name, source))?, shape))
     }
 
@@ -222,7 +221,7 @@ impl<B: Backend> Uploader<'_, B> {
 
     fn vector(&self, tensor: &HostTensor) -> Result<B::Buffer, ModelError> {
         let values = tensor.to_f32();
-        let mut buffer = self.backend.buffer(1, values.len())?;
+        let mut buffer = self.backend.exact_buffer(1, values.len())?;
         self.backend.write(&mut buffer, &values)?;
         Ok(buffer)
     }

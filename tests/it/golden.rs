@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use midpo::backend::cpu::{Cpu, CpuOptions};
+use midpo::backend::cuda::Storage;
 use midpo::backend::reference::Reference;
 use midpo::backend::{Backend, KvFormat, StepLayout, StepSequence, WeightFormat};
 use midpo::checkpoint::{self, Checkpoint, Sources};
@@ -360,10 +361,9 @@ fn empty_layout() -> StepLayout<'static> {
     }
 }
 
-#[test]
-fn bf16_weights_and_cache_stay_within_their_rounding() {
-    let goldens = Goldens::open("tiny-routed");
-    let checkpoint = load("tiny-routed", true);
+/// Weights, K and V in two bytes, and on a GPU activations too.
+fn check_rounded<B: Backend>(backend: B, model: &str, chunk: usize) {
+    let goldens = Goldens::open(model);
     let options = ModelOptions {
         rows: POSITIONS,
         logit_rows: POSITIONS,
@@ -374,21 +374,40 @@ fn bf16_weights_and_cache_stay_within_their_rounding() {
         weight_format: WeightFormat::BF16,
     };
     let blocks = (0..options.kv_blocks as u32).map(BlockId::new).collect();
-    let model = RoutedLlama::new(cpu(), &checkpoint, options).unwrap();
+    let what = format!("{model} on {} in chunks of {chunk}", backend.name());
+    let model = RoutedLlama::new(backend, &load(model, true), options).unwrap();
     let mut runner = Runner { model, blocks };
-    let pass = runner.extend(&goldens.ids("chat"), 0, Variant::Routed.gates(), POSITIONS);
-    let want = goldens.floats("chat.routed.logits").unwrap();
-    // The fixtures' README: bf16 arithmetic moves the logits by up to 0.29; here only storage is rounded.
-    assert_close("chat", &pass.logits, &want, 0.29);
-    let moved = pass
-        .logits
-        .iter()
-        .zip(&want)
-        .any(|(a, b)| (a - b).abs() > LOGITS_TOLERANCE);
-    assert!(
-        moved,
-        "bf16 storage must show: otherwise this test ran in f32"
-    );
+    for variant in [Variant::Routed, Variant::Base, Variant::Both] {
+        let pass = runner.extend(&goldens.ids("chat"), 0, variant.gates(), chunk);
+        let key = format!("chat.{}.logits", variant.as_str());
+        let want = goldens.floats(&key).unwrap();
+        // The fixtures' README: bf16 arithmetic moves the logits by up to 0.29.
+        assert_close(&what, &pass.logits, &want, 0.29);
+        let moved = pass.logits.iter().zip(&want);
+        let moved = moved.fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(
+            moved > LOGITS_TOLERANCE,
+            "{what}: rounding must show, else this ran in f32"
+        );
+    }
+}
+
+#[test]
+fn bf16_weights_and_cache_stay_within_their_rounding() {
+    check_rounded(cpu(), "tiny-routed", POSITIONS);
+}
+
+/// The whole model through the GPU's kernels, prompts whole (attention_prefill) and token by token (attention_decode).
+#[test]
+fn cuda_backend_gives_the_authors_numbers_within_its_rounding() {
+    if let Some(reason) = cuda_emu::ABSENT {
+        eprintln!("skipped: {reason}");
+        return;
+    }
+    let cuda = |storage| super::cuda::emulated(storage, cuda_emu::Schedule::Descending);
+    check_rounded(cuda(Storage::BF16), "tiny-routed", POSITIONS);
+    check_rounded(cuda(Storage::BF16), "tiny-gqa", 1);
+    check_rounded(cuda(Storage::F16), "tiny-gqa", 20);
 }
 
 /// Logits of the last position by candle-transformers' Llama, f32.

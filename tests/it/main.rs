@@ -5,6 +5,7 @@ mod bench;
 mod checkpoint;
 mod checkpoint_write;
 mod cli;
+mod cuda;
 mod demo;
 mod docs;
 mod eval;

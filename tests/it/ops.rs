@@ -1,7 +1,7 @@
 //! Every op of every backend against `backend::reference`, within the tolerance of its contract, and the laws that hold to the
 //! bit: neither the number of threads, nor who else is in the batch, nor the cutting of a prompt into chunks changes a result.
 //!
-//! The cases are data and the checks are generic over `Backend`: a new backend calls `check_*` with itself.
+//! The cases are data and the checks are generic over `Backend`: `cuda.rs` runs them on the CUDA backend.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -43,7 +43,7 @@ fn label(cpu: &Cpu) -> String {
 }
 
 /// SplitMix64: the same cases everywhere.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -54,30 +54,30 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 
     /// In (-1, 1).
-    fn number(&mut self) -> f32 {
+    pub(crate) fn number(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    fn numbers(&mut self, len: usize) -> Vec<f32> {
+    pub(crate) fn numbers(&mut self, len: usize) -> Vec<f32> {
         (0..len).map(|_| self.number()).collect()
     }
 }
 
 /// A matrix of random weights of order 1.
-struct Weights {
-    rows: usize,
-    cols: usize,
-    dtype: DType,
-    bytes: Vec<u8>,
+pub(crate) struct Weights {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) dtype: DType,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Weights {
-    fn random(random: &mut Random, rows: usize, cols: usize, dtype: DType) -> Self {
+    pub(crate) fn random(random: &mut Random, rows: usize, cols: usize, dtype: DType) -> Self {
         let numbers = |random: &mut Random| random.numbers(rows * cols).into_iter();
         let bytes = match dtype {
             DType::F32 => numbers(random).flat_map(f32::to_le_bytes).collect(),
@@ -100,7 +100,24 @@ impl Weights {
         }
     }
 
-    fn host(&self) -> HostMatrix<'_> {
+    /// Widened, and rounded to bf16.
+    pub(crate) fn rounded(&self) -> Self {
+        let mut widened = vec![0.0; self.cols];
+        let rows = (0..self.rows).flat_map(|row| {
+            self.host().widen_row(row, &mut widened);
+            let bytes = widened
+                .iter()
+                .flat_map(|x| bf16::from_f32(*x).to_le_bytes());
+            bytes.collect::<Vec<_>>()
+        });
+        Self {
+            bytes: rows.collect(),
+            dtype: DType::BF16,
+            ..*self
+        }
+    }
+
+    pub(crate) fn host(&self) -> HostMatrix<'_> {
         HostMatrix {
             rows: self.rows,
             cols: self.cols,
@@ -135,7 +152,7 @@ fn block(random: &mut Random, dtype: DType) -> Vec<u8> {
     bytes
 }
 
-fn assert_close(what: &str, tolerance: f32, got: &[f32], want: &[f32]) {
+pub(crate) fn assert_close(what: &str, tolerance: f32, got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len(), "{what}");
     let largest = want.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
@@ -147,7 +164,7 @@ fn assert_close(what: &str, tolerance: f32, got: &[f32], want: &[f32]) {
     }
 }
 
-fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
+pub(crate) fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len(), "{what}");
     let differs = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits();
     if let Some(i) = got.iter().zip(want).position(differs) {
@@ -161,20 +178,28 @@ fn filled<B: Backend>(backend: &B, rows: usize, width: usize, values: &[f32]) ->
     buffer
 }
 
+fn exact<B: Backend>(backend: &B, rows: usize, width: usize, values: &[f32]) -> B::Buffer {
+    let mut buffer = backend.exact_buffer(rows, width).unwrap();
+    backend.write(&mut buffer, values).unwrap();
+    buffer
+}
+
 // ---------------------------------------------------------------------------------------------------------------- matmul
 
-struct MatMulCase {
-    parts: Vec<Weights>,
-    extension: Option<Weights>,
-    format: WeightFormat,
-    n: usize,
-    add: bool,
-    x: Vec<f32>,
-    y: Vec<f32>,
+pub(crate) struct MatMulCase {
+    pub(crate) parts: Vec<Weights>,
+    pub(crate) extension: Option<Weights>,
+    pub(crate) format: WeightFormat,
+    pub(crate) n: usize,
+    pub(crate) add: bool,
+    /// y is exact, as the residual stream is.
+    pub(crate) exact: bool,
+    pub(crate) x: Vec<f32>,
+    pub(crate) y: Vec<f32>,
 }
 
 impl MatMulCase {
-    fn new(
+    pub(crate) fn new(
         random: &mut Random,
         parts: &[(usize, DType)],
         (k, w): (usize, usize),
@@ -196,17 +221,22 @@ impl MatMulCase {
             format,
             n,
             add: n % 2 == 1,
+            exact: n.is_multiple_of(3),
             x: random.numbers(n * (k + w)),
             y: random.numbers(n * o),
         }
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Vec<f32> {
+    pub(crate) fn run<B: Backend>(&self, backend: &mut B) -> Vec<f32> {
         self.run_rows(backend, 0..self.n)
     }
 
     /// The rows of the result that these rows of x give when they are the whole batch.
-    fn run_rows<B: Backend>(&self, backend: &mut B, rows: std::ops::Range<usize>) -> Vec<f32> {
+    pub(crate) fn run_rows<B: Backend>(
+        &self,
+        backend: &mut B,
+        rows: std::ops::Range<usize>,
+    ) -> Vec<f32> {
         let parts: Vec<_> = self.parts.iter().map(Weights::host).collect();
         let extension = self.extension.as_ref().map(Weights::host);
         let w = backend.matrix(&parts, extension, self.format).unwrap();
@@ -222,7 +252,11 @@ impl MatMulCase {
             &self.x[rows.start * width..rows.end * width],
         );
         // A buffer may hold more rows than are used; the rest must stay.
-        let mut y = filled(backend, n + 1, o, &self.y[rows.start * o..rows.end * o]);
+        let before = &self.y[rows.start * o..rows.end * o];
+        let mut y = match self.exact {
+            true => exact(backend, n + 1, o, before),
+            false => filled(backend, n + 1, o, before),
+        };
         let call = ops::MatMul {
             n,
             x: &x,
@@ -231,7 +265,7 @@ impl MatMulCase {
             add: self.add,
         };
         backend.matmul(call).unwrap();
-        let all = backend.read(&y, n + 1).unwrap();
+        let all = backend.read(&mut y, n + 1).unwrap();
         assert!(all[n * o..].iter().all(|x| *x == 0.0), "wrote past row {n}");
         all[..n * o].to_vec()
     }
@@ -445,19 +479,19 @@ fn plain_step<B: Backend>(backend: &B, tokens: &[TokenId], logit_rows: &[usize])
     step
 }
 
-fn embed<B: Backend>(backend: &mut B, table: &Weights, tokens: &[TokenId]) -> Vec<f32> {
+pub(crate) fn embed<B: Backend>(backend: &mut B, table: &Weights, tokens: &[TokenId]) -> Vec<f32> {
     let step = plain_step(backend, tokens, &[]);
     let matrix = backend
         .matrix(&[table.host()], None, WeightFormat::Stored)
         .unwrap();
-    let mut x = backend.buffer(tokens.len() + 2, table.cols).unwrap();
+    let mut x = backend.exact_buffer(tokens.len() + 2, table.cols).unwrap();
     let call = ops::Embed {
         step: &step,
         table: &matrix,
         x: &mut x,
     };
     backend.embed(call).unwrap();
-    backend.read(&x, tokens.len()).unwrap().to_vec()
+    backend.read(&mut x, tokens.len()).unwrap().to_vec()
 }
 
 #[test]
@@ -477,9 +511,14 @@ fn embed_widens_every_format_exactly() {
     }
 }
 
-fn rms_norm<B: Backend>(backend: &mut B, n: usize, x: &[f32], weight: &[f32]) -> Vec<f32> {
+pub(crate) fn rms_norm<B: Backend>(
+    backend: &mut B,
+    n: usize,
+    x: &[f32],
+    weight: &[f32],
+) -> Vec<f32> {
     let d = weight.len();
-    let (x, weight) = (filled(backend, n, d, x), filled(backend, 1, d, weight));
+    let (x, weight) = (exact(backend, n, d, x), exact(backend, 1, d, weight));
     let mut y = backend.buffer(n, d).unwrap();
     let call = ops::RmsNorm {
         n,
@@ -489,7 +528,7 @@ fn rms_norm<B: Backend>(backend: &mut B, n: usize, x: &[f32], weight: &[f32]) ->
         y: &mut y,
     };
     backend.rms_norm(call).unwrap();
-    backend.read(&y, n).unwrap().to_vec()
+    backend.read(&mut y, n).unwrap().to_vec()
 }
 
 #[test]
@@ -512,18 +551,23 @@ fn rms_norm_matches_the_reference_and_each_row_stands_alone() {
     }
 }
 
-fn gather_rows<B: Backend>(backend: &mut B, n: usize, x: &[f32], rows: &[usize]) -> Vec<f32> {
+pub(crate) fn gather_rows<B: Backend>(
+    backend: &mut B,
+    n: usize,
+    x: &[f32],
+    rows: &[usize],
+) -> Vec<f32> {
     let tokens = vec![TokenId(0); n];
     let step = plain_step(backend, &tokens, rows);
-    let x = filled(backend, n, 5, x);
-    let mut y = backend.buffer(rows.len(), 5).unwrap();
+    let x = exact(backend, n, 5, x);
+    let mut y = backend.exact_buffer(rows.len(), 5).unwrap();
     let call = ops::GatherRows {
         step: &step,
         x: &x,
         y: &mut y,
     };
     backend.gather_rows(call).unwrap();
-    backend.read(&y, rows.len()).unwrap().to_vec()
+    backend.read(&mut y, rows.len()).unwrap().to_vec()
 }
 
 #[test]
@@ -540,20 +584,25 @@ fn gather_rows_copies_the_rows_in_their_order() {
 // ------------------------------------------------------------------------------------------- rope_kv_write and attention
 
 /// Sequences with random q, k and v at every position, and a shuffled table of blocks each.
-struct AttentionCase {
-    heads: Heads,
-    format: KvFormat,
+pub(crate) struct AttentionCase {
+    pub(crate) heads: Heads,
+    pub(crate) format: KvFormat,
     /// (positions, qkv width) of each sequence.
-    qkv: Vec<Vec<f32>>,
-    tables: Vec<Vec<BlockId>>,
-    rope: Vec<f32>,
+    pub(crate) qkv: Vec<Vec<f32>>,
+    pub(crate) tables: Vec<Vec<BlockId>>,
+    pub(crate) rope: Vec<f32>,
 }
 
 /// Which rows of which sequence a step holds.
-type Step = Vec<(usize, std::ops::Range<usize>)>;
+pub(crate) type Step = Vec<(usize, std::ops::Range<usize>)>;
 
 impl AttentionCase {
-    fn new(random: &mut Random, heads: Heads, format: KvFormat, lengths: &[usize]) -> Self {
+    pub(crate) fn new(
+        random: &mut Random,
+        heads: Heads,
+        format: KvFormat,
+        lengths: &[usize],
+    ) -> Self {
         let mut free: Vec<u32> = (0..512).collect();
         let mut take =
             |random: &mut Random| BlockId::new(free.swap_remove(random.below(free.len())));
@@ -598,7 +647,12 @@ impl AttentionCase {
     }
 
     /// Runs the steps in order; returns (positions, query width) of each sequence. `poisoned`: in a cache full of NaN.
-    fn run<B: Backend>(&self, backend: &mut B, steps: &[Step], poisoned: bool) -> Vec<Vec<f32>> {
+    pub(crate) fn run<B: Backend>(
+        &self,
+        backend: &mut B,
+        steps: &[Step],
+        poisoned: bool,
+    ) -> Vec<Vec<f32>> {
         let out = self.heads.query * self.heads.size;
         let mut cache = self.cache(backend);
         let mut results: Vec<_> = self
@@ -632,7 +686,7 @@ impl AttentionCase {
         let (layer, heads) = (1, self.heads);
         let (width, out) = (heads.qkv_width(), heads.query * heads.size);
         let positions = self.rope.len() / heads.size;
-        let rope = &filled(backend, positions, heads.size, &self.rope);
+        let rope = &exact(backend, positions, heads.size, &self.rope);
         let step = &self.step(backend, rows);
         let qkv = rows.iter().flat_map(|(sequence, rows)| {
             let qkv = &self.qkv[*sequence];
@@ -660,7 +714,7 @@ impl AttentionCase {
             y: &mut y,
         };
         backend.attention(attend).unwrap();
-        backend.read(&y, n).unwrap().to_vec()
+        backend.read(&mut y, n).unwrap().to_vec()
     }
 
     fn step<B: Backend>(&self, backend: &B, rows: &Step) -> B::Step {
@@ -687,13 +741,13 @@ impl AttentionCase {
     }
 
     /// All sequences whole, in one step.
-    fn whole(&self) -> Vec<Step> {
+    pub(crate) fn whole(&self) -> Vec<Step> {
         let rows = self.lengths().into_iter().map(|length| 0..length);
         vec![rows.enumerate().collect()]
     }
 
     /// Steps of random chunks of random sequences, single rows often.
-    fn chunked(&self, random: &mut Random) -> Vec<Step> {
+    pub(crate) fn chunked(&self, random: &mut Random) -> Vec<Step> {
         let lengths = self.lengths();
         let mut done = vec![0; lengths.len()];
         let mut steps = Vec::new();
@@ -773,17 +827,17 @@ fn attention_crosses_blocks_and_splits_without_a_seam() {
 
 // ---------------------------------------------------------------------------------------------------- silu_mul_expert_mix
 
-struct MixCase {
-    m: usize,
-    n: usize,
+pub(crate) struct MixCase {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
     /// A_s and A_h, the rows of both gates.
-    experts: Option<([Weights; 2], ExpertShape)>,
-    gates: Vec<GateOverride>,
-    gate_up: Vec<f32>,
+    pub(crate) experts: Option<([Weights; 2], ExpertShape)>,
+    pub(crate) gates: Vec<GateOverride>,
+    pub(crate) gate_up: Vec<f32>,
 }
 
 impl MixCase {
-    fn new(
+    pub(crate) fn new(
         random: &mut Random,
         (m, n): (usize, usize),
         ranks: (usize, usize),
@@ -809,7 +863,7 @@ impl MixCase {
     }
 
     /// (n, m + w) and (n, 6): layer 1 of 3.
-    fn run<B: Backend>(
+    pub(crate) fn run<B: Backend>(
         &self,
         backend: &mut B,
         rows: std::ops::Range<usize>,
@@ -836,16 +890,15 @@ impl MixCase {
         };
         backend.load_step(&layout, &mut step).unwrap();
         let experts = self.experts.as_ref().map(|(e, shape)| {
-            let parts = e.each_ref().map(Weights::host);
-            let e = backend.matrix(&parts, None, WeightFormat::Stored);
-            (e.unwrap(), *shape)
+            let [lora_a, gates] = e.each_ref().map(Weights::host);
+            (backend.experts(lora_a, gates).unwrap(), *shape)
         });
         let w = experts.as_ref().map_or(0, |(_, shape)| shape.width());
         let m = self.m;
         let values = &self.gate_up[rows.start * 2 * m..rows.end * 2 * m];
         let gate_up = filled(backend, n, 2 * m, values);
         let mut hu = backend.buffer(n, m + w).unwrap();
-        let mut gates = filled(backend, n, 6, &vec![9.0; n * 6]);
+        let mut gates = exact(backend, n, 6, &vec![9.0; n * 6]);
         let call = ops::SiluMulExpertMix {
             step: &step,
             layer: 1,
@@ -855,8 +908,8 @@ impl MixCase {
             gates: &mut gates,
         };
         backend.silu_mul_expert_mix(call).unwrap();
-        let hu = backend.read(&hu, n).unwrap().to_vec();
-        (hu, backend.read(&gates, n).unwrap().to_vec())
+        let hu = backend.read(&mut hu, n).unwrap().to_vec();
+        (hu, backend.read(&mut gates, n).unwrap().to_vec())
     }
 }
 
@@ -873,7 +926,7 @@ fn gates(random: &mut Random) -> GateOverride {
     }
 }
 
-fn columns(values: &[f32], width: usize, columns: std::ops::Range<usize>) -> Vec<f32> {
+pub(crate) fn columns(values: &[f32], width: usize, columns: std::ops::Range<usize>) -> Vec<f32> {
     let rows = values.chunks_exact(width);
     rows.flat_map(|row| row[columns.clone()].to_vec()).collect()
 }
@@ -948,7 +1001,7 @@ fn silu_mul_without_experts_leaves_the_gates_alone_and_h_as_with_them() {
 // -------------------------------------------------------------------------------------------------------------- contracts
 
 /// A call against its contract is an error that names the operand, never a panic.
-fn check_contracts<B: Backend>(backend: &mut B) {
+pub(crate) fn check_contracts<B: Backend>(backend: &mut B) {
     let message =
         |result: Result<(), midpo::backend::BackendError>| result.unwrap_err().to_string();
     let random = &mut Random(11);
@@ -997,7 +1050,7 @@ fn check_contracts<B: Backend>(backend: &mut B) {
     assert!(extended.is_err());
     // A table smaller than the vocabulary that ids were checked against.
     let step = plain_step(backend, &[TokenId(49)], &[]);
-    let mut embedded = backend.buffer(1, 4).unwrap();
+    let mut embedded = backend.exact_buffer(1, 4).unwrap();
     let call = ops::Embed {
         step: &step,
         table: &w,
@@ -1007,7 +1060,7 @@ fn check_contracts<B: Backend>(backend: &mut B) {
 }
 
 /// A step outside its limits, or one that would write a block twice, is refused and leaves the step before.
-fn check_steps<B: Backend>(backend: &mut B) {
+pub(crate) fn check_steps<B: Backend>(backend: &mut B) {
     let blocks: Vec<_> = (0..4).map(BlockId::new).collect();
     let far = [BlockId::new(512)];
     let sequence = |rows, start, block_table| StepSequence {

@@ -251,7 +251,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn read<'a>(&'a self, buffer: &'a Buffer, rows: usize) -> Result<&'a [f32], BackendError> {
+    fn read<'a>(&'a self, buffer: &'a mut Buffer, rows: usize) -> Result<&'a [f32], BackendError> {
         bind_read(buffer, rows)?;
         Ok(&buffer.values[..rows * buffer.width])
     }

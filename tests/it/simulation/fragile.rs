@@ -75,7 +75,7 @@ impl Backend for Fragile {
         self.inner.write(buffer, values)
     }
 
-    fn read<'a>(&'a self, buffer: &'a Self::Buffer, rows: usize) -> Made<&'a [f32]> {
+    fn read<'a>(&'a self, buffer: &'a mut Self::Buffer, rows: usize) -> Made<&'a [f32]> {
         self.inner.read(buffer, rows)
     }
 

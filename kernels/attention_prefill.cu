@@ -1,0 +1,100 @@
+// attention (rows of sequences with more than one row in the step): contract in src/backend/ops.rs, arithmetic in src/backend/reference.rs.
+// Plan:  a block owns PREFILL_ROWS rows of queries: the heads of one K/V head of some tokens of one sequence. K and V of
+//        PREFILL_POSITIONS positions come through shared memory in two stages of cp.async, whole blocks of the paged cache; a warp
+//        attends for 16 rows. Tiles of K and V behind the last token are not read.
+// Bound: the tensor cores, 2 c (L + 1) operations a query head and token of context L; memory, K and V once a block.
+// Checked: 168 registers; HMMA LDSM LDGSTS
+#include "attention.cuh"
+
+static_assert(PREFILL_THREADS / WARP * 16 == PREFILL_ROWS, "a warp 16 rows");
+static_assert(PREFILL_POSITIONS % KV_BLOCK == 0, "whole blocks of the cache");
+
+// tiles (grid.x, 2): sequence, its first token of this tile; sequences (s, 4): first row in the step, rows, position of the first, place of
+// its block table in `blocks`; qkv (n, qkv_stride): rotated q; caches of this layer (blocks, kv, KV_BLOCK, c); y (n, y_stride).
+// Grid: (tiles, kv heads). c <= C, c % 8 == 0; query % kv == 0 and query / kv <= PREFILL_ROWS.
+template <typename T, int C>
+__device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__ qkv, const T* __restrict__ k_cache,
+                                        const T* __restrict__ v_cache, const int* __restrict__ tiles, const int* __restrict__ sequences,
+                                        const int* __restrict__ blocks, int query, int kv, int c, int qkv_stride, int y_stride,
+                                        float scale) {
+    constexpr int PITCH = HEAD_PITCH<C>, TILE = PREFILL_POSITIONS * PITCH;
+    DYNAMIC_SHARED(T, shared);
+    T* q_tile = shared;
+    T* kv_tiles = shared + PREFILL_ROWS * PITCH;  // stage, then K or V
+    const int group = query / kv, kv_head = blockIdx.y, tokens = PREFILL_ROWS / group;
+    const int* sequence = sequences + tiles[blockIdx.x * 2] * 4;
+    const int token0 = tiles[blockIdx.x * 2 + 1], count = min(tokens, sequence[1] - token0);
+    const int row0 = sequence[0] + token0, start = sequence[2] + token0;
+    const int* table = blocks + sequence[3];
+    const int keys = start + count;  // of the last token
+
+    fetch_heads<T, C>(q_tile, PREFILL_ROWS, c, threadIdx.x, PREFILL_THREADS, [&](int r) -> const T* {
+        return r < count * group ? qkv + size_t(row0 + r / group) * qkv_stride + (kv_head * group + r % group) * c : nullptr;
+    });
+    const int stages = ceil_div(keys, PREFILL_POSITIONS);
+    const auto fetch = [&](int stage) {
+        if (stage < stages) {
+            const auto row_of = [&](const T* cache) {
+                return [=](int r) -> const T* {
+                    const int position = stage * PREFILL_POSITIONS + r;
+                    if (position >= keys) return nullptr;
+                    const size_t head = size_t(table[position / KV_BLOCK]) * kv + kv_head;
+                    return cache + (head * KV_BLOCK + position % KV_BLOCK) * c;
+                };
+            };
+            T* at = kv_tiles + stage % 2 * 2 * TILE;
+            fetch_heads<T, C>(at, PREFILL_POSITIONS, c, threadIdx.x, PREFILL_THREADS, row_of(k_cache));
+            fetch_heads<T, C>(at + TILE, PREFILL_POSITIONS, c, threadIdx.x, PREFILL_THREADS, row_of(v_cache));
+        }
+        ptx::cp_async_commit();
+    };
+
+    const int warp_row = warp_id() * 16, lane = lane_id();
+    int limit[2];  // keys that a row sees
+#pragma unroll
+    for (int r = 0; r < 2; ++r) limit[r] = min(start + (warp_row + lane / 4 + r * 8) / group + 1, keys);
+    Rows16<T, C> rows;
+    rows.clear();
+    fetch(0);
+    for (int stage = 0; stage < stages; ++stage) {
+        fetch(stage + 1);
+        ptx::cp_async_wait<1>();
+        __syncthreads();
+        const int first = stage * PREFILL_POSITIONS;
+        const T* at = kv_tiles + stage % 2 * 2 * TILE;
+        const int left[2] = {limit[0] - first, limit[1] - first};
+        rows.template attend<PREFILL_POSITIONS>(q_tile + warp_row * PITCH, at, at + TILE, left, scale);
+        __syncthreads();
+    }
+    rows.join();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = warp_row + lane / 4 + r * 8;
+        if (row >= count * group) continue;
+        T* to = y + size_t(row0 + row / group) * y_stride + (kv_head * group + row % group) * c;
+        const float norm = 1.f / rows.total[r];
+#pragma unroll
+        for (int i = 0; i < C / 8; ++i) {
+            if (i * 8 >= c) continue;
+            const uint32_t pair = pair_of<T>(rows.out[i][r * 2] * norm, rows.out[i][r * 2 + 1] * norm);
+            *reinterpret_cast<uint32_t*>(to + i * 8 + lane % 4 * 2) = pair;
+        }
+    }
+}
+
+#define PREFILL(C)                                                                                                                         \
+    template <typename T>                                                                                                                  \
+    __device__ void attention_prefill_##C(T* y, const T* qkv, const T* k_cache, const T* v_cache, const int* tiles, const int* sequences,  \
+                                          const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale) {        \
+        prefill<T, C>(y, qkv, k_cache, v_cache, tiles, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale);                      \
+    }                                                                                                                                      \
+    KERNEL(attention_prefill_##C, (PREFILL_THREADS),                                                                                       \
+           (T * y, const T* qkv, const T* k_cache, const T* v_cache, const int* tiles, const int* sequences, const int* blocks, int query, \
+            int kv, int c, int qkv_stride, int y_stride, float scale),                                                                     \
+           (y, qkv, k_cache, v_cache, tiles, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale))
+PREFILL(16)
+PREFILL(32)
+PREFILL(64)
+PREFILL(80)
+PREFILL(96)
+PREFILL(128)

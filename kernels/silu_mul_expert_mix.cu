@@ -1,0 +1,175 @@
+// silu_mul_expert_mix: contract in src/backend/ops.rs, arithmetic in src/backend/reference.rs.
+// Plan:  a block owns MIX_ROWS tokens x MIX_COLS of m. It fetches its part of A with cp.async while it computes h (stored, and kept in
+//        shared memory), takes the two gate rows with f32 FMAs on the way and A h with mma, and leaves partial sums. The block that
+//        arrives last for its tokens adds them in the order of the splits, applies the gates' rules, and writes u right behind h: the
+//        GEMM that follows, with K = m + w, is the routed mix.
+// Bound: memory, n * 3 m * sizeof(T) bytes, and (w sizeof(T) + 8) m bytes of E for every MIX_ROWS tokens, from L2 but for the first.
+// Checked: 96 registers; HMMA LDSM LDGSTS LDG.E.128
+#include "common.cuh"
+
+constexpr int MIX_PITCH = MIX_COLS + 8;  // rows of shared memory an odd number of 16 bytes apart: ldmatrix without bank conflicts
+constexpr int MIX_WARPS = MIX_THREADS / WARP;
+constexpr int MIX_WARP_COLS = MIX_COLS / MIX_WARPS;
+constexpr int MIX_TILES = MIX_WIDTH / 8;
+static_assert(MIX_ROWS == 16 && MIX_WIDTH % 16 == 0 && MIX_WARP_COLS % 16 == 0, "fragments of mma.m16n8k16");
+static_assert(MIX_COLS / 8 == WARP, "a warp covers a row's columns in one pass");
+
+// min(max(sigmoid(logit + bias), floor), ceiling); a bias of -inf gives 0 and +inf gives 1.
+__device__ __forceinline__ float gate_of(float logit, const float* rule) {
+    const float gate = 1.f / (1.f + expf(-(logit + rule[0])));
+    return fminf(fmaxf(gate, rule[1]), rule[2]);
+}
+
+template <typename T> struct MixShared {
+    T h[MIX_ROWS][MIX_PITCH];
+    T a[MIX_WIDTH][MIX_PITCH];
+    float products[MIX_WARPS][MIX_ROWS][MIX_WIDTH];
+    float gates[MIX_ROWS][2];
+    int is_last;
+};
+
+// h of this block's tokens and columns, to hu and to shared memory, and their dots with both gate rows (null without experts).
+template <typename T>
+__device__ void silu_mul(MixShared<T>& shared, T* hu, const T* gate_up, const float* gate_rows, int rows, int cols, int m, int hu_stride,
+                         int gate_up_stride) {
+    const int col = lane_id() * 8;
+    float weight[2][8] = {};
+    if (gate_rows && col < cols) {
+        load(weight[0], gate_rows + col);
+        load(weight[1], gate_rows + m + col);
+    }
+    for (int row = warp_id(); row < MIX_ROWS; row += MIX_WARPS) {
+        float h[8] = {}, dots[2] = {};
+        if (row < rows && col < cols) {
+            float up[8];
+            load(h, gate_up + size_t(row) * gate_up_stride + col);
+            load(up, gate_up + size_t(row) * gate_up_stride + m + col);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                h[j] = h[j] / (1.f + __expf(-h[j])) * up[j];
+                dots[0] = fmaf(h[j], weight[0][j], dots[0]);
+                dots[1] = fmaf(h[j], weight[1][j], dots[1]);
+            }
+            store(hu + size_t(row) * hu_stride + col, h);
+        }
+        if (!gate_rows) continue;
+        store(&shared.h[row][col], h);
+        dots[0] = warp_sum(dots[0]), dots[1] = warp_sum(dots[1]);
+        if (lane_id() < 2) shared.gates[row][lane_id()] = lane_id() ? dots[1] : dots[0];
+    }
+}
+
+// Rows first..first + MIX_WIDTH of A and this block's columns; zeros beyond both.
+template <typename T>
+__device__ void fetch_a(MixShared<T>& shared, const T* a, int first, int w, int cols, int m) {
+    for (int i = threadIdx.x; i < MIX_WIDTH * MIX_COLS / 8; i += MIX_THREADS) {
+        const int row = i / (MIX_COLS / 8), col = i % (MIX_COLS / 8) * 8;
+        const bool valid = first + row < w && col < cols;
+        ptx::cp_async_16(&shared.a[row][col], valid ? a + size_t(first + row) * m + col : a, valid);
+    }
+    ptx::cp_async_commit();
+}
+
+// products[warp] = h A^T over the warp's columns.
+template <typename T> __device__ void multiply(MixShared<T>& shared) {
+    const int lane = lane_id(), warp = warp_id();
+    float sum[MIX_TILES][4] = {};
+#pragma unroll 2
+    for (int k = warp * MIX_WARP_COLS; k < (warp + 1) * MIX_WARP_COLS; k += 16) {
+        uint32_t h[4];
+        ptx::ldmatrix_x4(h, &shared.h[lane % 16][k + lane / 16 * 8]);
+#pragma unroll
+        for (int pair = 0; pair < MIX_TILES / 2; ++pair) {
+            uint32_t a[4];  // rows pair * 16 ..+8 at k, k + 8, then rows + 8 ..+16
+            ptx::ldmatrix_x4(a, &shared.a[pair * 16 + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
+            ptx::mma_m16n8k16<T>(sum[pair * 2], h, a[0], a[1]);
+            ptx::mma_m16n8k16<T>(sum[pair * 2 + 1], h, a[2], a[3]);
+        }
+    }
+#pragma unroll
+    for (int tile = 0; tile < MIX_TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) shared.products[warp][lane / 4 + i / 2 * 8][tile * 8 + lane % 4 * 2 + i % 2] = sum[tile][i];
+}
+
+// The last block of a token tile: z = sum of the partials, gates by their rules, u = gate * z.
+template <typename T>
+__device__ void finish(MixShared<T>& shared, T* hu, float* gates, const float* partials, const float* rules, const int* sequence_of,
+                       int row0, int rows, int m, int w, int safety_rank, int splits, float safety_bias, float helpfulness_bias,
+                       int hu_stride, int gates_stride) {
+    const auto total = [&](int row, int j) {
+        float sum = 0.f;
+#pragma unroll 4
+        for (int split = 0; split < splits; ++split) sum += partials[(size_t(split) * MIX_ROWS + row) * (w + 2) + j];
+        return sum;
+    };
+    if (int(threadIdx.x) < rows * 2) {
+        const int row = threadIdx.x / 2, which = threadIdx.x % 2;
+        const float logit = total(row, w + which) + (which ? helpfulness_bias : safety_bias);
+        const float gate = gate_of(logit, rules + size_t(sequence_of[row0 + row]) * 6 + which * 3);
+        shared.gates[row][which] = gate;
+        gates[size_t(row0 + row) * gates_stride + which] = gate;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * w; i += MIX_THREADS) {
+        const int row = i / w, j = i % w;
+        hu[size_t(row0 + row) * hu_stride + m + j] = from_float<T>(shared.gates[row][j >= safety_rank] * total(row, j));
+    }
+}
+
+// hu (n, hu_stride): h (m), u (w), zeros; gate_up (n, gate_up_stride): gate (m), up (m); a (w, m): A_s, A_h, or null for a plain Llama;
+// gate_rows (2, m) f32; rules (sequences, 6): bias, floor, ceiling of the safety and of the helpfulness gate; sequence_of (n);
+// gates: this layer's two columns of (n, gates_stride); partials (row tiles, splits, MIX_ROWS, w + 2); arrived (row tiles), zero before
+// and after. Grid: (splits of m, row tiles). m % 8 == 0.
+template <typename T>
+__device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias,
+                                    const float* rules, const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n,
+                                    int m, int w, int safety_rank, int hu_stride, int gate_up_stride, int gates_stride) {
+    DYNAMIC_SHARED(MixShared<T>, storage);
+    MixShared<T>& shared = *storage;
+    const int row0 = blockIdx.y * MIX_ROWS, col0 = blockIdx.x * MIX_COLS, splits = gridDim.x;
+    const int rows = min(MIX_ROWS, n - row0), cols = min(MIX_COLS, m - col0);
+    if (a) fetch_a(shared, a + col0, 0, w, cols, m);
+    silu_mul(shared, hu + size_t(row0) * hu_stride + col0, gate_up + size_t(row0) * gate_up_stride + col0,
+             gate_rows ? gate_rows + col0 : nullptr, rows, cols, m, hu_stride, gate_up_stride);
+    if (!a) return;
+
+    partials += size_t(blockIdx.y) * splits * MIX_ROWS * (w + 2);
+    float* mine = partials + size_t(blockIdx.x) * MIX_ROWS * (w + 2);
+    for (int first = 0; first < w; first += MIX_WIDTH) {
+        if (first > 0) {
+            __syncthreads();  // all have read the products and A of the group before
+            fetch_a(shared, a + col0, first, w, cols, m);
+        }
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        multiply(shared);
+        __syncthreads();
+        const int width = min(MIX_WIDTH, w - first);
+        for (int i = threadIdx.x; i < rows * width; i += MIX_THREADS) {
+            const int row = i / width, j = i % width;
+            float sum = 0.f;
+#pragma unroll
+            for (int warp = 0; warp < MIX_WARPS; ++warp) sum += shared.products[warp][row][j];
+            mine[row * (w + 2) + first + j] = sum;
+        }
+    }
+    if (int(threadIdx.x) < rows * 2) mine[threadIdx.x / 2 * (w + 2) + w + threadIdx.x % 2] = shared.gates[threadIdx.x / 2][threadIdx.x % 2];
+
+    __threadfence();  // the partials are out before the arrival is counted
+    __syncthreads();
+    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived + blockIdx.y, 1u) == unsigned(splits) - 1;
+    __syncthreads();
+    if (!shared.is_last) return;
+    __threadfence();
+    if (threadIdx.x == 0) arrived[blockIdx.y] = 0;
+    finish(shared, hu, gates, partials, rules, sequence_of, row0, rows, m, w, safety_rank, splits, safety_bias, helpfulness_bias,
+           hu_stride, gates_stride);
+}
+
+KERNEL(silu_mul_expert_mix, (MIX_THREADS),
+       (T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias, const float* rules,
+        const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n, int m, int w, int safety_rank, int hu_stride,
+        int gate_up_stride, int gates_stride),
+       (hu, gate_up, a, gate_rows, safety_bias, helpfulness_bias, rules, sequence_of, gates, partials, arrived, n, m, w, safety_rank,
+        hu_stride, gate_up_stride, gates_stride))

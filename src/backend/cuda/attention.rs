@@ -1,0 +1,165 @@
+//! `kernels/attention_decode.cu` for sequences with one row in the step, `kernels/attention_prefill.cu` for the others.
+
+use super::driver::{Driver, Kernel, kernel};
+use super::tiles::{
+    DECODE_HEADS, DECODE_SPLIT, DECODE_WARPS, HEAD_SIZE_MAX, KV_BLOCK, MERGE_WARPS,
+    PREFILL_POSITIONS, PREFILL_ROWS, PREFILL_THREADS, WARP,
+};
+use super::{Arg, Attention, BackendError, Cuda, bind_heads, int};
+
+/// Kernels for heads of up to so many numbers.
+struct Instance {
+    size: usize,
+    decode: Kernel,
+    prefill: Kernel,
+}
+
+macro_rules! instance {
+    ($size:literal) => {
+        Instance {
+            size: $size,
+            decode: kernel!("attention_decode_", $size),
+            prefill: kernel!("attention_prefill_", $size),
+        }
+    };
+}
+
+const INSTANCES: [Instance; 6] = [
+    instance!(16),
+    instance!(32),
+    instance!(64),
+    instance!(80),
+    instance!(96),
+    instance!(128),
+];
+const _: () = assert!(INSTANCES[5].size == HEAD_SIZE_MAX);
+
+impl Instance {
+    /// The smallest that holds heads of `size`; `bind_heads` has said that there is one.
+    fn of(size: usize) -> &'static Self {
+        let fits = |instance: &&Self| size <= instance.size;
+        INSTANCES.iter().find(fits).unwrap_or(&INSTANCES[5])
+    }
+
+    /// Bytes of a row in shared memory: attention.cuh, HEAD_PITCH.
+    fn pitch(&self) -> usize {
+        (self.size + 8) * 2
+    }
+}
+
+/// Numbers that a split leaves for each head: its part of out, the highest score, the total.
+const PARTIAL: usize = HEAD_SIZE_MAX + 2;
+
+pub(super) fn attention<D: Driver>(
+    cuda: &mut Cuda<D>,
+    args: &Attention<'_, Cuda<D>>,
+) -> Result<(), BackendError> {
+    args.bind(args.step.host(), args.cache.shape())?;
+    bind_heads("attention", args.heads)?;
+    if args.heads.query * args.heads.size == 0 {
+        return Ok(());
+    }
+    decode(cuda, args)?;
+    prefill(cuda, args)
+}
+
+/// What both kernels take from the table of blocks on.
+fn operands<D: Driver>(
+    cuda: &Cuda<D>,
+    args: &Attention<'_, Cuda<D>>,
+) -> Result<[Arg; 7], BackendError> {
+    let driver = &cuda.driver;
+    // exp2 in the kernels: softmax's base is folded into the scale.
+    let scale = std::f32::consts::LOG2_E / (args.heads.size as f32).sqrt();
+    Ok([
+        Arg::Pointer(args.step.blocks(driver)),
+        int(args.heads.query),
+        int(args.heads.kv),
+        int(args.heads.size),
+        int(args.qkv.stride()),
+        int(args.y.stride()),
+        Arg::F32(scale),
+    ])
+}
+
+fn decode<D: Driver>(
+    cuda: &mut Cuda<D>,
+    args: &Attention<'_, Cuda<D>>,
+) -> Result<(), BackendError> {
+    let rows = args.step.single_rows(&cuda.driver);
+    if rows.count == 0 {
+        return Ok(());
+    }
+    let (heads, limits) = (args.heads, args.step.host().limits());
+    let splits = rows.longest.div_ceil(DECODE_SPLIT);
+    let most = limits.sequences.min(limits.rows) * limits.positions.div_ceil(DECODE_SPLIT);
+    let bytes = most * heads.query * PARTIAL * 4;
+    let partials = cuda.attention_partials.reserve(&cuda.driver, bytes)?;
+    let driver = &cuda.driver;
+    let (k, v) = args.cache.layer(driver, args.layer);
+    let instance = Instance::of(heads.size);
+    let y = Arg::Pointer(args.y.activations(driver, "attention", "y")?);
+    let (list_of_rows, sequences) = (rows.address, args.step.sequences(driver));
+    let mut list = vec![
+        y,
+        Arg::Pointer(partials),
+        Arg::Pointer(args.qkv.activations(driver, "attention", "qkv")?),
+        Arg::Pointer(k),
+        Arg::Pointer(v),
+        Arg::Pointer(list_of_rows),
+        Arg::Pointer(sequences),
+    ];
+    list.extend(operands(cuda, args)?);
+    let head_tiles = (heads.query / heads.kv).div_ceil(DECODE_HEADS);
+    let tiles = DECODE_HEADS + DECODE_WARPS * 4 * KV_BLOCK;
+    let grid = (
+        [rows.count, heads.kv * head_tiles, splits],
+        DECODE_WARPS * WARP,
+    );
+    cuda.launch(instance.decode, grid, tiles * instance.pitch(), &list)?;
+    if splits == 1 {
+        return Ok(());
+    }
+    let list = [
+        y,
+        Arg::Pointer(partials),
+        Arg::Pointer(list_of_rows),
+        Arg::Pointer(sequences),
+        int(heads.query),
+        int(heads.size),
+        int(args.y.stride()),
+        int(splits),
+    ];
+    let grid = (
+        [rows.count, heads.query.div_ceil(MERGE_WARPS), 1],
+        MERGE_WARPS * WARP,
+    );
+    cuda.launch(kernel!("attention_merge"), grid, 0, &list)
+}
+
+fn prefill<D: Driver>(
+    cuda: &mut Cuda<D>,
+    args: &Attention<'_, Cuda<D>>,
+) -> Result<(), BackendError> {
+    let driver = &cuda.driver;
+    let heads = args.heads;
+    let tokens = PREFILL_ROWS / (heads.query / heads.kv);
+    let tiles = args.step.tiles(driver, tokens)?;
+    if tiles.count == 0 {
+        return Ok(());
+    }
+    let (k, v) = args.cache.layer(driver, args.layer);
+    let instance = Instance::of(heads.size);
+    let mut list = vec![
+        Arg::Pointer(args.y.activations(driver, "attention", "y")?),
+        Arg::Pointer(args.qkv.activations(driver, "attention", "qkv")?),
+        Arg::Pointer(k),
+        Arg::Pointer(v),
+        Arg::Pointer(tiles.address),
+        Arg::Pointer(args.step.sequences(driver)),
+    ];
+    list.extend(operands(cuda, args)?);
+    let rows = PREFILL_ROWS + 4 * PREFILL_POSITIONS;
+    let grid = ([tiles.count, heads.kv, 1], PREFILL_THREADS);
+    cuda.launch(instance.prefill, grid, rows * instance.pitch(), &list)
+}

@@ -1,0 +1,167 @@
+//! What the host code asks of a device. Two implementations run: the CUDA driver (`backend/device.rs`), and the tests' emulation of the same
+//! kernels on the CPU (`kernels/emu`).
+
+use super::super::BackendError;
+
+/// How activations, weights, K and V are stored. Sums, the residual stream, gates and logits are f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// f32's range in two bytes.
+    #[default]
+    BF16,
+    /// Finer, up to 65,504.
+    F16,
+}
+
+/// A kernel's entry points, by storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    bf16: &'static str,
+    f16: &'static str,
+}
+
+impl Kernel {
+    /// Entries `NAME_bf16` and `NAME_f16`.
+    pub const fn new(bf16: &'static str, f16: &'static str) -> Self {
+        Self { bf16, f16 }
+    }
+
+    /// A kernel that is the same for every storage.
+    pub const fn exact(name: &'static str) -> Self {
+        Self::new(name, name)
+    }
+
+    /// The name in the kernels' module.
+    pub fn name(self, storage: Storage) -> &'static str {
+        match storage {
+            Storage::BF16 => self.bf16,
+            Storage::F16 => self.f16,
+        }
+    }
+}
+
+/// A [`Kernel`] by its name without the storage, in pieces.
+macro_rules! kernel {
+    ($($name:literal),+) => {
+        $crate::backend::cuda::Kernel::new(concat!($($name),+, "_bf16"), concat!($($name),+, "_f16"))
+    };
+}
+pub(super) use kernel;
+
+/// One argument of a kernel, of exactly the type that its C++ declaration says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arg {
+    /// A device address; 0 is null.
+    Pointer(u64),
+    /// `int`.
+    I32(i32),
+    /// `float`.
+    F32(f32),
+}
+
+/// A launch on the compute stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// Entry point.
+    pub kernel: &'static str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory.
+    pub shared_bytes: u32,
+    /// In the order of the declaration.
+    pub args: &'a [Arg],
+}
+
+/// y (n, o) (+)= x (n, k) W (o, k)^T, row-major; addresses are 16-byte aligned and rows padded with zeros to the strides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gemm {
+    /// Rows of x and y.
+    pub n: usize,
+    /// Rows of W.
+    pub o: usize,
+    /// Padded inputs: the stride of x and of W.
+    pub k: usize,
+    /// Of x and W, and of y unless `exact`.
+    pub storage: Storage,
+    /// y is f32.
+    pub exact: bool,
+    /// Add to y.
+    pub add: bool,
+    /// Numbers from one row of y to the next.
+    pub y_stride: usize,
+    /// Address of x.
+    pub x: u64,
+    /// Address of W.
+    pub w: u64,
+    /// Address of y.
+    pub y: u64,
+}
+
+/// A device with one stream of compute. Work is done in the order in which it is asked for; [`Self::download`] waits for it.
+pub trait Driver: Send + 'static {
+    /// A piece of device memory, freed when it is dropped and no work needs it any more.
+    type Memory: Send;
+
+    /// Memory of any content, 256-byte aligned on a device.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`].
+    fn allocate(&self, what: &str, bytes: usize) -> Result<Self::Memory, BackendError>;
+
+    /// Where `memory` begins.
+    fn address(&self, memory: &Self::Memory) -> u64;
+
+    /// Zeroes all of `memory`.
+    ///
+    /// # Errors
+    /// The device.
+    fn zero(&self, memory: &mut Self::Memory) -> Result<(), BackendError>;
+
+    /// Copies `bytes` to `offset`. The caller's slice may change as soon as this returns.
+    ///
+    /// # Errors
+    /// The device.
+    ///
+    /// # Panics
+    /// Past the end of `memory`.
+    fn upload(
+        &self,
+        memory: &mut Self::Memory,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), BackendError>;
+
+    /// Copies from `offset` once all work asked for so far is done.
+    ///
+    /// # Errors
+    /// The device, for this or for earlier work.
+    ///
+    /// # Panics
+    /// Past the end of `memory`.
+    fn download(
+        &self,
+        memory: &Self::Memory,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<(), BackendError>;
+
+    /// Starts a kernel.
+    ///
+    /// # Errors
+    /// An unknown kernel or a refused launch. What goes wrong inside shows at a later call.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel's declaration, with addresses of live memory as large as it touches.
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError>;
+
+    /// The vendor's GEMM; `false`: there is none for this, take `kernels/gemm.cu`.
+    ///
+    /// # Errors
+    /// A refused call.
+    ///
+    /// # Safety
+    /// The addresses must span what the shapes say.
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool, BackendError>;
+}

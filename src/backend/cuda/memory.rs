@@ -1,0 +1,363 @@
+//! Rows and matrices in device memory. Every row is padded with zeros to 16 bytes, so that kernels load and store whole packs.
+
+use half::{bf16, f16};
+
+use super::super::ops::bind_parts;
+use super::super::{BackendError, HostMatrix, KvShape, Matrix, Shaped};
+use super::driver::{Driver, Storage};
+use super::tiles::ROW_ALIGN;
+use crate::dtype::DType;
+
+/// Bytes converted on the host at once on their way to the device.
+const UPLOAD_BYTES: usize = 8 << 20;
+
+/// How the numbers of a buffer are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// As activations: two bytes.
+    Activations(Storage),
+    /// f32.
+    Exact,
+}
+
+impl Kept {
+    fn bytes(self) -> usize {
+        match self {
+            Self::Activations(_) => 2,
+            Self::Exact => 4,
+        }
+    }
+
+    /// Appends `value` as it is kept.
+    fn push(self, value: f32, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Activations(Storage::BF16) => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+            Self::Activations(Storage::F16) => bytes.extend(f16::from_f32(value).to_le_bytes()),
+            Self::Exact => bytes.extend(value.to_le_bytes()),
+        }
+    }
+
+    fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Self::Activations(Storage::BF16) => DType::BF16.widen(bytes, out),
+            Self::Activations(Storage::F16) => DType::F16.widen(bytes, out),
+            Self::Exact => DType::F32.widen(bytes, out),
+        }
+    }
+}
+
+/// (rows, width) on the device.
+pub struct Buffer<D: Driver> {
+    rows: usize,
+    width: usize,
+    kept: Kept,
+    memory: D::Memory,
+    /// Where reads and writes pass through; grows to the largest.
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+impl<D: Driver> Shaped for Buffer<D> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn width(&self) -> usize {
+        self.width
+    }
+}
+
+impl<D: Driver> Buffer<D> {
+    pub(super) fn new(
+        driver: &D,
+        rows: usize,
+        width: usize,
+        kept: Kept,
+    ) -> Result<Self, BackendError> {
+        let bytes = rows
+            .saturating_mul(padded(width))
+            .saturating_mul(kept.bytes());
+        let mut memory = driver.allocate("a buffer", bytes)?;
+        driver.zero(&mut memory)?;
+        Ok(Self {
+            rows,
+            width,
+            kept,
+            memory,
+            bytes: Vec::new(),
+            values: Vec::new(),
+        })
+    }
+
+    /// Numbers from one row to the next.
+    pub(super) fn stride(&self) -> usize {
+        padded(self.width)
+    }
+
+    /// Overwrites the first rows; padding stays zero.
+    pub(super) fn write(&mut self, driver: &D, values: &[f32]) -> Result<(), BackendError> {
+        self.bytes.clear();
+        for row in values.chunks_exact(self.width.max(1)) {
+            row.iter()
+                .for_each(|value| self.kept.push(*value, &mut self.bytes));
+            (row.len()..padded(self.width)).for_each(|_| self.kept.push(0.0, &mut self.bytes));
+        }
+        driver.upload(&mut self.memory, 0, &self.bytes)
+    }
+
+    /// The first `rows` rows without their padding.
+    pub(super) fn read(&mut self, driver: &D, rows: usize) -> Result<&[f32], BackendError> {
+        let (row_bytes, used) = (
+            self.stride() * self.kept.bytes(),
+            self.width * self.kept.bytes(),
+        );
+        self.bytes.resize(rows * row_bytes, 0);
+        driver.download(&self.memory, 0, &mut self.bytes)?;
+        self.values.resize(rows * self.width, 0.0);
+        if self.width > 0 {
+            let rows = self
+                .bytes
+                .chunks_exact(row_bytes)
+                .zip(self.values.chunks_exact_mut(self.width));
+            rows.for_each(|(bytes, out)| self.kept.widen(&bytes[..used], out));
+        }
+        Ok(&self.values)
+    }
+
+    /// Address of an operand that the kernel takes as activations.
+    pub(super) fn activations(
+        &self,
+        driver: &D,
+        op: &'static str,
+        operand: &'static str,
+    ) -> Result<u64, BackendError> {
+        self.address_if(
+            driver,
+            matches!(self.kept, Kept::Activations(_)),
+            op,
+            operand,
+        )
+    }
+
+    /// Address of an operand that the kernel takes in f32.
+    pub(super) fn exact(
+        &self,
+        driver: &D,
+        op: &'static str,
+        operand: &'static str,
+    ) -> Result<u64, BackendError> {
+        self.address_if(driver, self.is_exact(), op, operand)
+    }
+
+    pub(super) fn is_exact(&self) -> bool {
+        self.kept == Kept::Exact
+    }
+
+    /// Address, whatever is kept there.
+    pub(super) fn address(&self, driver: &D) -> u64 {
+        driver.address(&self.memory)
+    }
+
+    fn address_if(
+        &self,
+        driver: &D,
+        fits: bool,
+        op: &'static str,
+        operand: &'static str,
+    ) -> Result<u64, BackendError> {
+        if fits {
+            return Ok(self.address(driver));
+        }
+        let (buffer, exact) = (
+            "an activation buffer".to_owned(),
+            "an exact buffer".to_owned(),
+        );
+        let (expected, found) = if self.is_exact() {
+            (buffer, exact)
+        } else {
+            (exact, buffer)
+        };
+        Err(BackendError::Contract {
+            op,
+            operand,
+            expected,
+            found,
+        })
+    }
+}
+
+/// [W | X] (o, k + w) on the device, rows padded; the last rows of E in f32 beside it.
+pub struct DeviceMatrix<D: Driver> {
+    outputs: usize,
+    inputs: usize,
+    extension_inputs: usize,
+    memory: D::Memory,
+    exact_rows: Option<ExactRows<D>>,
+}
+
+struct ExactRows<D: Driver> {
+    rows: usize,
+    memory: D::Memory,
+}
+
+impl<D: Driver> Matrix for DeviceMatrix<D> {
+    fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    fn extension_inputs(&self) -> usize {
+        self.extension_inputs
+    }
+
+    fn bytes(&self) -> usize {
+        let exact = self.exact_rows.as_ref().map_or(0, |exact| exact.rows);
+        ((self.outputs - exact) * 2 + exact * 4) * self.stride()
+    }
+}
+
+impl<D: Driver> DeviceMatrix<D> {
+    /// The parts, rounded to `storage`, with the extension behind their columns.
+    pub(super) fn new(
+        driver: &D,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        storage: Storage,
+    ) -> Result<Self, BackendError> {
+        let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
+        let kept = Kept::Activations(storage);
+        let memory = upload(driver, parts, extension.as_ref(), kept)?;
+        Ok(Self {
+            outputs,
+            inputs,
+            extension_inputs,
+            memory,
+            exact_rows: None,
+        })
+    }
+
+    /// E: A_s and A_h rounded to `storage`, the gates' rows in f32.
+    pub(super) fn experts(
+        driver: &D,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+        storage: Storage,
+    ) -> Result<Self, BackendError> {
+        let (outputs, inputs, extension_inputs) = bind_parts(&[lora_a, gates], None)?;
+        let memory = upload(driver, &[lora_a], None, Kept::Activations(storage))?;
+        let exact = upload(driver, &[gates], None, Kept::Exact)?;
+        let exact_rows = Some(ExactRows {
+            rows: gates.rows,
+            memory: exact,
+        });
+        Ok(Self {
+            outputs,
+            inputs,
+            extension_inputs,
+            memory,
+            exact_rows,
+        })
+    }
+
+    /// Numbers from one row to the next.
+    pub(super) fn stride(&self) -> usize {
+        padded(self.inputs + self.extension_inputs)
+    }
+
+    pub(super) fn address(&self, driver: &D) -> u64 {
+        driver.address(&self.memory)
+    }
+
+    /// The gates' rows of E.
+    pub(super) fn exact_rows(&self, driver: &D) -> Option<u64> {
+        self.exact_rows
+            .as_ref()
+            .map(|exact| driver.address(&exact.memory))
+    }
+}
+
+/// `parts` stacked, `extension` behind their columns, as `kept` says.
+fn upload<D: Driver>(
+    driver: &D,
+    parts: &[HostMatrix<'_>],
+    extension: Option<&HostMatrix<'_>>,
+    kept: Kept,
+) -> Result<D::Memory, BackendError> {
+    let rows: usize = parts.iter().map(|part| part.rows).sum();
+    let inputs = parts.first().map_or(0, |part| part.cols);
+    let width = inputs + extension.map_or(0, |x| x.cols);
+    let row_bytes = padded(width) * kept.bytes();
+    let mut memory = driver.allocate("a matrix", rows.saturating_mul(row_bytes))?;
+    let mut bytes = Vec::with_capacity(UPLOAD_BYTES.min(rows * row_bytes));
+    let mut widened = vec![0.0; width];
+    let mut done = 0;
+    let stacked = parts
+        .iter()
+        .flat_map(|part| (0..part.rows).map(move |row| (part, row)));
+    for (output, (part, row)) in stacked.enumerate() {
+        let as_is = matches!(
+            (kept, part.dtype),
+            (Kept::Activations(Storage::BF16), DType::BF16)
+        );
+        if as_is && extension.is_none() {
+            bytes.extend_from_slice(part.row_bytes(row));
+        } else {
+            let (own, extended) = widened.split_at_mut(inputs);
+            part.widen_row(row, own);
+            if let Some(extension) = extension {
+                extension.widen_row(output, extended);
+            }
+            widened
+                .iter()
+                .for_each(|value| kept.push(*value, &mut bytes));
+        }
+        bytes.resize(bytes.len().next_multiple_of(row_bytes.max(1)), 0);
+        if bytes.len() + row_bytes > UPLOAD_BYTES {
+            driver.upload(&mut memory, done, &bytes)?;
+            done += bytes.len();
+            bytes.clear();
+        }
+    }
+    driver.upload(&mut memory, done, &bytes)?;
+    Ok(memory)
+}
+
+/// K and V, each (layers, blocks, kv heads, KV_BLOCK, head size): a block's keys of one head are one piece.
+pub struct DeviceCache<D: Driver> {
+    shape: KvShape,
+    k: D::Memory,
+    v: D::Memory,
+}
+
+impl<D: Driver> DeviceCache<D> {
+    pub(super) fn new(driver: &D, shape: KvShape) -> Result<Self, BackendError> {
+        let half = shape.blocks.saturating_mul(shape.block_bytes()) / 2;
+        Ok(Self {
+            shape,
+            k: driver.allocate("the cache of K", half)?,
+            v: driver.allocate("the cache of V", half)?,
+        })
+    }
+
+    pub(super) fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Addresses of a layer's K and V.
+    pub(super) fn layer(&self, driver: &D, layer: usize) -> (u64, u64) {
+        let bytes = self.shape.blocks * self.shape.block_bytes() / 2 / self.shape.layers.max(1);
+        let offset = (layer * bytes) as u64;
+        (
+            driver.address(&self.k) + offset,
+            driver.address(&self.v) + offset,
+        )
+    }
+}
+
+/// Numbers of a row with its padding.
+pub(super) fn padded(width: usize) -> usize {
+    width.next_multiple_of(ROW_ALIGN)
+}

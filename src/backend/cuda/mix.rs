@@ -1,0 +1,96 @@
+//! `kernels/silu_mul_expert_mix.cu`.
+
+use super::driver::{Driver, kernel};
+use super::tiles::{MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP};
+use super::{Arg, BackendError, Cuda, SiluMulExpertMix, int, unsupported};
+
+/// `sizeof(MixShared<T>)`: h and A in rows that are 16 bytes longer than they are, a product a warp, gates, the flag of the last block.
+const SHARED_BYTES: usize = (MIX_ROWS + MIX_WIDTH) * (MIX_COLS + 8) * 2
+    + MIX_THREADS / WARP * MIX_ROWS * MIX_WIDTH * 4
+    + MIX_ROWS * 2 * 4
+    + 4;
+
+pub(super) fn silu_mul_expert_mix<D: Driver>(
+    cuda: &mut Cuda<D>,
+    args: &SiluMulExpertMix<'_, Cuda<D>>,
+) -> Result<(), BackendError> {
+    let op = "silu_mul_expert_mix";
+    let n = args.step.host().rows();
+    let m = args.bind(n)?;
+    if !m.is_multiple_of(8) {
+        let found = m.to_string();
+        return Err(unsupported(op, "gate_up / 2", "a multiple of 8", found));
+    }
+    if n == 0 || m == 0 {
+        return Ok(());
+    }
+    let splits = m.div_ceil(MIX_COLS);
+    let experts = ExpertOperands::of(cuda, args, splits)?;
+    let driver = &cuda.driver;
+    let list = [
+        Arg::Pointer(args.hu.activations(driver, op, "hu")?),
+        Arg::Pointer(args.gate_up.activations(driver, op, "gate_up")?),
+        Arg::Pointer(experts.a),
+        Arg::Pointer(experts.gate_rows),
+        Arg::F32(experts.biases[0]),
+        Arg::F32(experts.biases[1]),
+        Arg::Pointer(args.step.rules(driver)),
+        Arg::Pointer(args.step.sequence_of(driver)),
+        Arg::Pointer(experts.gates),
+        Arg::Pointer(experts.partials),
+        Arg::Pointer(experts.arrived),
+        int(n),
+        int(m),
+        int(experts.width),
+        int(experts.safety_rank),
+        int(args.hu.stride()),
+        int(args.gate_up.stride()),
+        int(args.gates.stride()),
+    ];
+    let grid = ([splits, n.div_ceil(MIX_ROWS), 1], MIX_THREADS);
+    cuda.launch(kernel!("silu_mul_expert_mix"), grid, SHARED_BYTES, &list)
+}
+
+/// What the experts add to the kernel's arguments; all null for a plain Llama.
+#[derive(Default)]
+struct ExpertOperands {
+    a: u64,
+    gate_rows: u64,
+    biases: [f32; 2],
+    gates: u64,
+    partials: u64,
+    arrived: u64,
+    width: usize,
+    safety_rank: usize,
+}
+
+impl ExpertOperands {
+    fn of<D: Driver>(
+        cuda: &mut Cuda<D>,
+        args: &SiluMulExpertMix<'_, Cuda<D>>,
+        splits: usize,
+    ) -> Result<Self, BackendError> {
+        let Some((e, shape)) = args.experts else {
+            return Ok(Self::default());
+        };
+        let op = "silu_mul_expert_mix";
+        let driver = &cuda.driver;
+        let gate_rows = e.exact_rows(driver).ok_or_else(|| {
+            let found = "a matrix of one storage".to_owned();
+            unsupported(op, "e", "what Backend::experts makes", found)
+        })?;
+        let tiles = args.step.host().limits().rows.div_ceil(MIX_ROWS);
+        let partials = tiles * splits * MIX_ROWS * (shape.width() + 2) * 4;
+        let column = args.gates.exact(driver, op, "gates")? + 8 * args.layer as u64;
+        Ok(Self {
+            a: e.address(driver),
+            gate_rows,
+            biases: [shape.safety_bias, shape.helpfulness_bias],
+            gates: column,
+            partials: cuda.mix_partials.reserve(driver, partials)?,
+            arrived: cuda.mix_arrived.reserve(driver, tiles * 4)?,
+            width: shape.width(),
+            safety_rank: shape.safety_rank,
+        })
+    }
+}

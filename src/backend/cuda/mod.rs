@@ -1,0 +1,314 @@
+//! The CUDA backend's host code: what is launched, with which grid, over which memory. [`Cuda`] runs over any [`Driver`]: a device's, or the
+//! emulation of the same kernels on the CPU, with which `cargo test` holds it to `backend::reference`.
+//!
+//! Activations, weights, K and V are two bytes a number; sums, the residual stream, gates and logits are f32.
+
+#![allow(unsafe_code)]
+
+mod attention;
+mod driver;
+mod gemm;
+mod memory;
+mod mix;
+mod scratch;
+mod step;
+mod tiles;
+
+pub use driver::{Arg, Driver, Gemm, Kernel, Launch, Storage};
+pub use memory::{Buffer, DeviceCache, DeviceMatrix};
+pub use step::DeviceStep;
+
+use super::ops::{
+    self, Attention, Embed, GatherRows, MatMul, RmsNorm, RopeKvWrite, SiluMulExpertMix, bind_read,
+    bind_write,
+};
+use super::{
+    Backend, BackendError, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, WeightFormat,
+};
+use driver::kernel;
+use memory::Kept;
+use scratch::Scratch;
+use tiles::{
+    EMBED_THREADS, GATHER_THREADS, HEAD_SIZE_MAX, NORM_THREADS, PREFILL_ROWS, ROPE_THREADS,
+};
+
+/// How the device is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// How activations, weights, K and V are kept.
+    pub storage: Storage,
+    /// Products by `kernels/gemm.cu` alone, whose order of additions does not depend on the batch.
+    pub deterministic: bool,
+}
+
+/// The backend over `D`.
+pub struct Cuda<D: Driver> {
+    driver: D,
+    options: CudaOptions,
+    /// Of silu_mul_expert_mix: partial sums of its blocks, and how many have arrived.
+    mix_partials: Scratch<D>,
+    mix_arrived: Scratch<D>,
+    /// Of attention: what splits leave for the merge.
+    attention_partials: Scratch<D>,
+}
+
+impl<D: Driver> Cuda<D> {
+    /// Takes the device over.
+    pub fn new(driver: D, options: CudaOptions) -> Self {
+        Self {
+            driver,
+            options,
+            mix_partials: Scratch::new("partial sums of the experts"),
+            mix_arrived: Scratch::new("counters of the experts"),
+            attention_partials: Scratch::new("partial sums of attention"),
+        }
+    }
+
+    fn launch(
+        &self,
+        kernel: Kernel,
+        (grid, threads): ([usize; 3], usize),
+        shared_bytes: usize,
+        args: &[Arg],
+    ) -> Result<(), BackendError> {
+        let kernel = kernel.name(self.options.storage);
+        let grid = dimensions(kernel, grid)?;
+        let launch = Launch {
+            kernel,
+            grid,
+            threads: threads as u32,
+            shared_bytes: shared_bytes as u32,
+            args,
+        };
+        // SAFETY: each op launches its kernel with the arguments of its declaration (the emulation checks their kinds), over operands
+        // whose shapes `bind` has checked.
+        unsafe { self.driver.launch(&launch) }
+    }
+}
+
+fn dimensions(kernel: &'static str, grid: [usize; 3]) -> Result<[u32; 3], BackendError> {
+    // The second and third may not pass 65,535.
+    let fits = grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16;
+    match fits {
+        true => Ok(grid.map(|blocks| blocks as u32)),
+        false => Err(BackendError::Contract {
+            op: kernel,
+            operand: "grid",
+            expected: "below 2^31, 2^16, 2^16".to_owned(),
+            found: format!("{grid:?}"),
+        }),
+    }
+}
+
+/// An `int` argument. Sizes come from shapes that fit memory; none that a kernel counts in passes 2^31.
+fn int(value: usize) -> Arg {
+    Arg::I32(i32::try_from(value).unwrap_or(i32::MAX))
+}
+
+fn unsupported(
+    op: &'static str,
+    operand: &'static str,
+    expected: &str,
+    found: String,
+) -> BackendError {
+    BackendError::Contract {
+        op,
+        operand,
+        expected: expected.to_owned(),
+        found,
+    }
+}
+
+/// Heads that the kernels know: sizes in packs of eight up to `HEAD_SIZE_MAX`, groups that fit a tile of rows.
+fn bind_heads(op: &'static str, heads: ops::Heads) -> Result<(), BackendError> {
+    if !heads.size.is_multiple_of(8) || heads.size > HEAD_SIZE_MAX {
+        return Err(unsupported(
+            op,
+            "heads.size",
+            "a multiple of 8, at most 128",
+            heads.size.to_string(),
+        ));
+    }
+    let group = heads.query / heads.kv.max(1);
+    if group > PREFILL_ROWS {
+        return Err(unsupported(
+            op,
+            "heads.query / heads.kv",
+            "at most 64",
+            group.to_string(),
+        ));
+    }
+    Ok(())
+}
+
+impl<D: Driver> Backend for Cuda<D> {
+    type Buffer = Buffer<D>;
+    type Matrix = DeviceMatrix<D>;
+    type KvCache = DeviceCache<D>;
+    type Step = DeviceStep<D>;
+
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn matrix(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<DeviceMatrix<D>, BackendError> {
+        if !matches!(format, WeightFormat::Stored | WeightFormat::BF16) {
+            let found = format!("{format:?}");
+            return Err(unsupported(
+                "matrix",
+                "format",
+                "Stored or BF16: a GPU keeps weights in two bytes",
+                found,
+            ));
+        }
+        DeviceMatrix::new(&self.driver, parts, extension, self.options.storage)
+    }
+
+    fn experts(
+        &self,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+    ) -> Result<DeviceMatrix<D>, BackendError> {
+        DeviceMatrix::experts(&self.driver, lora_a, gates, self.options.storage)
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
+        let kept = Kept::Activations(self.options.storage);
+        Buffer::new(&self.driver, rows, width, kept)
+    }
+
+    fn exact_buffer(&self, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
+        Buffer::new(&self.driver, rows, width, Kept::Exact)
+    }
+
+    fn write(&self, buffer: &mut Buffer<D>, values: &[f32]) -> Result<(), BackendError> {
+        bind_write(buffer, values)?;
+        buffer.write(&self.driver, values)
+    }
+
+    fn read<'a>(
+        &'a self,
+        buffer: &'a mut Buffer<D>,
+        rows: usize,
+    ) -> Result<&'a [f32], BackendError> {
+        bind_read(buffer, rows)?;
+        buffer.read(&self.driver, rows)
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<DeviceCache<D>, BackendError> {
+        if shape.format != KvFormat::BF16 {
+            let found = format!("{:?}", shape.format);
+            return Err(unsupported("kv_cache", "format", "BF16", found));
+        }
+        DeviceCache::new(&self.driver, shape)
+    }
+
+    fn step(&self, limits: StepLimits) -> Result<DeviceStep<D>, BackendError> {
+        DeviceStep::new(&self.driver, limits)
+    }
+
+    fn load_step(
+        &self,
+        layout: &StepLayout<'_>,
+        step: &mut DeviceStep<D>,
+    ) -> Result<(), BackendError> {
+        step.load(&self.driver, layout)
+    }
+
+    fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), BackendError> {
+        let (driver, host) = (&self.driver, args.step.host());
+        args.bind(host.rows(), host.limits().vocabulary)?;
+        if host.rows() == 0 {
+            return Ok(());
+        }
+        let list = [
+            Arg::Pointer(args.x.exact(driver, "embed", "x")?),
+            Arg::Pointer(args.table.address(driver)),
+            Arg::Pointer(args.step.tokens(driver)),
+            int(args.table.stride()),
+        ];
+        let grid = ([host.rows(), 1, 1], EMBED_THREADS);
+        self.launch(kernel!("embed"), grid, 0, &list)
+    }
+
+    fn rms_norm(&mut self, args: RmsNorm<'_, Self>) -> Result<(), BackendError> {
+        let driver = &self.driver;
+        let d = args.bind()?;
+        if args.n == 0 {
+            return Ok(());
+        }
+        let list = [
+            Arg::Pointer(args.y.activations(driver, "rms_norm", "y")?),
+            Arg::Pointer(args.x.exact(driver, "rms_norm", "x")?),
+            Arg::Pointer(0),
+            Arg::Pointer(args.weight.exact(driver, "rms_norm", "weight")?),
+            int(d),
+            int(args.x.stride()),
+            Arg::F32(args.eps),
+        ];
+        let grid = ([args.n, 1, 1], NORM_THREADS);
+        self.launch(kernel!("rms_norm"), grid, 0, &list)
+    }
+
+    fn matmul(&mut self, args: MatMul<'_, Self>) -> Result<(), BackendError> {
+        gemm::matmul(self, &args)
+    }
+
+    fn rope_kv_write(&mut self, args: RopeKvWrite<'_, Self>) -> Result<(), BackendError> {
+        let (driver, host, heads) = (&self.driver, args.step.host(), args.heads);
+        args.bind(host, args.cache.shape())?;
+        bind_heads("rope_kv_write", heads)?;
+        let packs = (heads.query + 2 * heads.kv) * (heads.size / 8);
+        if host.rows() == 0 || packs == 0 {
+            return Ok(());
+        }
+        let (k, v) = args.cache.layer(driver, args.layer);
+        let list = [
+            Arg::Pointer(args.qkv.activations(driver, "rope_kv_write", "qkv")?),
+            Arg::Pointer(args.rope.exact(driver, "rope_kv_write", "rope")?),
+            Arg::Pointer(args.step.positions(driver)),
+            Arg::Pointer(args.step.slots(driver)),
+            Arg::Pointer(k),
+            Arg::Pointer(v),
+            int(heads.query),
+            int(heads.kv),
+            int(heads.size),
+            int(args.qkv.stride()),
+        ];
+        let grid = ([host.rows(), packs.div_ceil(ROPE_THREADS), 1], ROPE_THREADS);
+        self.launch(kernel!("rope_kv_write"), grid, 0, &list)
+    }
+
+    fn attention(&mut self, args: Attention<'_, Self>) -> Result<(), BackendError> {
+        attention::attention(self, &args)
+    }
+
+    fn silu_mul_expert_mix(
+        &mut self,
+        args: SiluMulExpertMix<'_, Self>,
+    ) -> Result<(), BackendError> {
+        mix::silu_mul_expert_mix(self, &args)
+    }
+
+    fn gather_rows(&mut self, args: GatherRows<'_, Self>) -> Result<(), BackendError> {
+        let (driver, host) = (&self.driver, args.step.host());
+        let wanted = host.logit_rows().len();
+        args.bind(host.rows(), wanted)?;
+        if wanted == 0 {
+            return Ok(());
+        }
+        let list = [
+            Arg::Pointer(args.y.exact(driver, "gather_rows", "y")?),
+            Arg::Pointer(args.x.exact(driver, "gather_rows", "x")?),
+            Arg::Pointer(args.step.logit_rows(driver)),
+            int(args.x.stride()),
+        ];
+        let grid = ([wanted, 1, 1], GATHER_THREADS);
+        self.launch(Kernel::exact("gather_rows"), grid, 0, &list)
+    }
+}

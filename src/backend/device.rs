@@ -1,0 +1,499 @@
+//! An NVIDIA device behind `cuda::Driver`: libcuda and cublasLt, looked for when it is opened. Building needs neither, and a machine
+//! without them gets an error, not a panic: every library is asked for before its first call.
+
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::cublaslt::{result as lt, sys as lt_sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+use super::BackendError;
+use super::cuda::{Arg, Driver, Gemm, Launch, Storage};
+
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// CUDA 13.0: what the kernels' images and the bindings are made for.
+const DRIVER_VERSION: i32 = 13_000;
+/// Images begin with sm_80; older GPUs have neither bf16 nor cp.async.
+const CAPABILITY: (i32, i32) = (8, 0);
+/// What cublasLt may use beside its operands.
+const WORKSPACE_BYTES: usize = 32 << 20;
+/// Dynamic shared memory that every kernel may use without asking.
+const SHARED_BYTES: u32 = 48 << 10;
+
+/// What an operator wants to know of the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As the driver calls it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Memory in all.
+    pub total_bytes: usize,
+    /// Memory that is free now.
+    pub free_bytes: usize,
+}
+
+/// One GPU with one stream.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Vec<Module>,
+    functions: RefCell<HashMap<&'static str, Function>>,
+    products: Option<Products>,
+}
+
+struct Module(sys::CUmodule);
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    /// Dynamic shared memory that it was allowed.
+    shared_bytes: u32,
+}
+
+// SAFETY: handles of the driver may be used from any thread; `Device` is not `Sync`, so from one at a time.
+unsafe impl Send for Module {}
+// SAFETY: as for `Module`.
+unsafe impl Send for Function {}
+
+fn unavailable(reason: impl Into<String>) -> BackendError {
+    BackendError::Unavailable {
+        device: "cuda",
+        reason: reason.into(),
+    }
+}
+
+/// What the driver refused, by its own name for it.
+fn refused(what: &str) -> impl Fn(DriverError) -> BackendError {
+    move |error| unavailable(format!("{what}: {error:?}"))
+}
+
+impl Device {
+    /// The `ordinal`-th GPU that CUDA_VISIBLE_DEVICES shows.
+    ///
+    /// # Errors
+    /// No driver, one that is too old, no GPU, one that is too old: each by its name.
+    pub fn open(ordinal: usize) -> Result<Self, BackendError> {
+        // SAFETY: it only looks for the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(unavailable(
+                "no NVIDIA driver: libcuda.so was not found (driver 580 or newer is needed)",
+            ));
+        }
+        let mut version = 0;
+        // SAFETY: the library is there, and this call is in all its versions.
+        let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+        asked.map_err(refused("cuDriverGetVersion"))?;
+        if version < DRIVER_VERSION {
+            return Err(unavailable(format!(
+                "the driver knows CUDA {}.{}; 13.0 is needed (driver 580 or newer)",
+                version / 1000,
+                version % 1000 / 10
+            )));
+        }
+        let count = CudaContext::device_count().map_err(refused("looking for GPUs"))?;
+        if usize::try_from(count).unwrap_or(0) <= ordinal {
+            return Err(unavailable(format!(
+                "GPU {ordinal} was asked for; there are {count}"
+            )));
+        }
+        let context = CudaContext::new(ordinal).map_err(refused("opening the GPU"))?;
+        let capability = context.compute_capability();
+        let capability = capability.map_err(refused("its compute capability"))?;
+        if capability < CAPABILITY {
+            return Err(unavailable(format!(
+                "compute capability {}.{}; 8.0 (Ampere) or newer is needed",
+                capability.0, capability.1
+            )));
+        }
+        Self::on(context)
+    }
+
+    fn on(context: Arc<CudaContext>) -> Result<Self, BackendError> {
+        // SAFETY: all work is on one stream, in order; nothing waits on the events that this would record.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(refused("making a stream"))?;
+        let load = |fatbin: &[u8]| {
+            // SAFETY: a whole image that nvcc wrote; the driver copies what it needs.
+            let module = unsafe { result::module::load_data(fatbin.as_ptr().cast()) };
+            module.map(Module).map_err(refused("loading the kernels"))
+        };
+        let modules = fatbins::<NO_KERNELS>().iter().copied().map(load);
+        let modules = modules.collect::<Result<_, _>>()?;
+        let mut device = Self {
+            context,
+            stream,
+            modules,
+            functions: RefCell::new(HashMap::new()),
+            products: None,
+        };
+        device.products = Products::new(&device)?;
+        Ok(device)
+    }
+
+    /// Name, capability and memory.
+    ///
+    /// # Errors
+    /// The driver.
+    pub fn info(&self) -> Result<DeviceInfo, BackendError> {
+        self.bind()?;
+        let memory = result::mem_get_info().map_err(refused("asking for free memory"))?;
+        Ok(DeviceInfo {
+            name: self.context.name().map_err(refused("its name"))?,
+            capability: self
+                .context
+                .compute_capability()
+                .map_err(refused("its compute capability"))?,
+            total_bytes: memory.1,
+            free_bytes: memory.0,
+        })
+    }
+
+    /// Whether products run on cublasLt; else all run on our own kernels.
+    pub fn has_cublaslt(&self) -> bool {
+        self.products.is_some()
+    }
+
+    /// Calls of the driver act on the calling thread's context.
+    fn bind(&self) -> Result<(), BackendError> {
+        self.context.bind_to_thread().map_err(refused("the device"))
+    }
+
+    fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction, BackendError> {
+        let mut functions = self.functions.borrow_mut();
+        let function = match functions.get(launch.kernel) {
+            Some(function) => *function,
+            None => self.find(launch.kernel)?,
+        };
+        let allowed = function.shared_bytes.max(launch.shared_bytes);
+        if allowed > function.shared_bytes {
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of a loaded module.
+            let set = unsafe {
+                result::function::set_function_attribute(function.handle, attribute, allowed as i32)
+            };
+            set.map_err(refused(launch.kernel))?;
+        }
+        let kept = Function {
+            shared_bytes: allowed,
+            ..function
+        };
+        functions.insert(launch.kernel, kept);
+        Ok(function.handle)
+    }
+
+    fn find(&self, kernel: &'static str) -> Result<Function, BackendError> {
+        for module in &self.modules {
+            let name = CString::new(kernel).map_err(|error| unavailable(error.to_string()))?;
+            // SAFETY: a loaded module.
+            if let Ok(handle) = unsafe { result::module::get_function(module.0, name) } {
+                return Ok(Function {
+                    handle,
+                    shared_bytes: SHARED_BYTES,
+                });
+            }
+        }
+        Err(unavailable(format!("no kernel is called {kernel}")))
+    }
+}
+
+/// A piece of device memory.
+pub struct DeviceMemory {
+    address: sys::CUdeviceptr,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if self.address == 0 || self.context.bind_to_thread().is_err() {
+            return;
+        }
+        // SAFETY: it came from malloc_sync; the call waits for all work that may use it. An error here is one that earlier work
+        // left, and the next call reports it.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
+impl Driver for Device {
+    type Memory = DeviceMemory;
+
+    fn allocate(&self, what: &str, bytes: usize) -> Result<DeviceMemory, BackendError> {
+        self.bind()?;
+        let address = match bytes {
+            0 => 0,
+            // SAFETY: nobody reads it before it was written (Driver::allocate: of any content).
+            _ => unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
+                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => BackendError::OutOfMemory {
+                    what: what.to_owned(),
+                    bytes,
+                    device: "cuda",
+                },
+                _ => refused(what)(error),
+            })?,
+        };
+        Ok(DeviceMemory {
+            address,
+            bytes,
+            context: Arc::clone(&self.context),
+        })
+    }
+
+    fn address(&self, memory: &DeviceMemory) -> u64 {
+        memory.address
+    }
+
+    fn zero(&self, memory: &mut DeviceMemory) -> Result<(), BackendError> {
+        if memory.bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let stream = self.stream.cu_stream();
+        // SAFETY: all of one allocation.
+        let set = unsafe { result::memset_d8_async(memory.address, 0, memory.bytes, stream) };
+        set.map_err(refused("zeroing memory"))
+    }
+
+    fn upload(
+        &self,
+        memory: &mut DeviceMemory,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), BackendError> {
+        assert!(
+            offset + bytes.len() <= memory.bytes,
+            "past the end of device memory"
+        );
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        let (to, stream) = (memory.address + offset as u64, self.stream.cu_stream());
+        // SAFETY: within the allocation. From pageable memory the driver has copied the bytes aside when it returns.
+        let copied = unsafe { result::memcpy_htod_async(to, bytes, stream) };
+        copied.map_err(refused("copying to the device"))
+    }
+
+    fn download(
+        &self,
+        memory: &DeviceMemory,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<(), BackendError> {
+        assert!(
+            offset + into.len() <= memory.bytes,
+            "past the end of device memory"
+        );
+        self.bind()?;
+        let (from, stream) = (memory.address + offset as u64, self.stream.cu_stream());
+        if !into.is_empty() {
+            // SAFETY: within the allocation; `into` lives until the stream has been waited for.
+            let copied = unsafe { result::memcpy_dtoh_async(into, from, stream) };
+            copied.map_err(refused("copying from the device"))?;
+        }
+        // SAFETY: our own stream.
+        let done = unsafe { result::stream::synchronize(stream) };
+        done.map_err(refused("a step on the device"))
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError> {
+        self.bind()?;
+        let function = self.function(launch)?;
+        let place = |arg: &Arg| -> *mut c_void {
+            match arg {
+                Arg::Pointer(x) => std::ptr::from_ref(x).cast_mut().cast(),
+                Arg::I32(x) => std::ptr::from_ref(x).cast_mut().cast(),
+                Arg::F32(x) => std::ptr::from_ref(x).cast_mut().cast(),
+            }
+        };
+        let mut places: Vec<_> = launch.args.iter().map(place).collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let started = unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (launch.threads, 1, 1),
+                launch.shared_bytes,
+                self.stream.cu_stream(),
+                &mut places,
+            )
+        };
+        started.map_err(refused(launch.kernel))
+    }
+
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool, BackendError> {
+        let Some(products) = &self.products else {
+            return Ok(false);
+        };
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { products.run(gemm, self.stream.cu_stream()) }
+    }
+}
+
+/// cublasLt, and how it multiplies each shape that was asked for.
+struct Products {
+    handle: lt_sys::cublasLtHandle_t,
+    workspace: DeviceMemory,
+    plans: RefCell<HashMap<Shape, Option<Plan>>>,
+}
+
+// SAFETY: a handle and descriptors of cublasLt may be used from any thread, one at a time.
+unsafe impl Send for Products {}
+
+/// What a plan depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    n: usize,
+    o: usize,
+    k: usize,
+    half: bool,
+    exact: bool,
+    add: bool,
+    y_stride: usize,
+}
+
+/// Descriptors and algorithm of one shape.
+struct Plan {
+    product: lt_sys::cublasLtMatmulDesc_t,
+    w: lt_sys::cublasLtMatrixLayout_t,
+    x: lt_sys::cublasLtMatrixLayout_t,
+    y: lt_sys::cublasLtMatrixLayout_t,
+    algorithm: lt_sys::cublasLtMatmulAlgo_t,
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: each was made once and is dropped once. There is nothing to do about an error.
+        unsafe {
+            let _ = lt::destroy_matmul_desc(self.product);
+            for layout in [self.w, self.x, self.y] {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        self.plans.get_mut().clear();
+        // SAFETY: made once, dropped once.
+        let _ = unsafe { lt::destroy_handle(self.handle) };
+    }
+}
+
+impl Products {
+    /// `None` where there is no cublasLt.
+    fn new(device: &Device) -> Result<Option<Self>, BackendError> {
+        // SAFETY: it only looks for the library.
+        if !unsafe { lt_sys::is_culib_present() } {
+            tracing::warn!(
+                "libcublasLt was not found: products run on our own kernels, which are slower; install CUDA 13's cuBLAS"
+            );
+            return Ok(None);
+        }
+        device.bind()?;
+        let handle = lt::create_handle().map_err(|error| unavailable(error.to_string()))?;
+        Ok(Some(Self {
+            handle,
+            workspace: device.allocate("cublasLt's workspace", WORKSPACE_BYTES)?,
+            plans: RefCell::new(HashMap::new()),
+        }))
+    }
+
+    /// Row-major y (n, o) = x W^T is column-major y^T (o, n) = W^T' x^T: W transposed, x as it is.
+    fn plan(&self, gemm: &Gemm) -> Result<Plan, lt::CublasError> {
+        use lt_sys::{cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType_t as Type};
+        let operand = match gemm.storage {
+            Storage::BF16 => Type::CUDA_R_16BF,
+            Storage::F16 => Type::CUDA_R_16F,
+        };
+        let result_type = match gemm.exact {
+            true => Type::CUDA_R_32F,
+            false => operand,
+        };
+        let (n, o, k) = (gemm.n as u64, gemm.o as u64, gemm.k as u64);
+        let mut plan = Plan {
+            product: lt::create_matmul_desc(CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)?,
+            w: lt::create_matrix_layout(operand, k, o, gemm.k as i64)?,
+            x: lt::create_matrix_layout(operand, k, n, gemm.k as i64)?,
+            y: lt::create_matrix_layout(result_type, o, n, gemm.y_stride as i64)?,
+            // SAFETY: plain numbers, set below before they are used.
+            algorithm: unsafe { std::mem::zeroed() },
+        };
+        let transposed = 1i32;
+        let attribute = lt_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        let value = std::ptr::from_ref(&transposed).cast();
+        // SAFETY: live descriptors; the library copies the values.
+        unsafe {
+            lt::set_matmul_desc_attribute(plan.product, attribute, value, size_of::<i32>())?;
+            let preference = lt::create_matmul_pref()?;
+            let attribute = lt_sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let value = std::ptr::from_ref(&WORKSPACE_BYTES).cast();
+            let size = size_of::<usize>();
+            let found =
+                lt::set_matmul_pref_attribute(preference, attribute, value, size).and_then(|()| {
+                    lt::get_matmul_algo_heuristic(
+                        self.handle,
+                        plan.product,
+                        plan.w,
+                        plan.x,
+                        plan.y,
+                        plan.y,
+                        preference,
+                    )
+                });
+            lt::destroy_matmul_pref(preference)?;
+            plan.algorithm = found?.algo;
+        }
+        Ok(plan)
+    }
+
+    /// `false` where cublasLt has no algorithm for the shape.
+    unsafe fn run(&self, gemm: &Gemm, stream: sys::CUstream) -> Result<bool, BackendError> {
+        let shape = Shape {
+            n: gemm.n,
+            o: gemm.o,
+            k: gemm.k,
+            half: gemm.storage == Storage::F16,
+            exact: gemm.exact,
+            add: gemm.add,
+            y_stride: gemm.y_stride,
+        };
+        let mut plans = self.plans.borrow_mut();
+        let plan = plans.entry(shape).or_insert_with(|| self.plan(gemm).ok());
+        let Some(plan) = plan else {
+            return Ok(false);
+        };
+        let (one, beta) = (1.0f32, if gemm.add { 1.0f32 } else { 0.0 });
+        // SAFETY: the caller's addresses span the shapes of the layouts; alpha and beta are read before the call returns.
+        let started = unsafe {
+            lt::matmul(
+                self.handle,
+                plan.product,
+                std::ptr::from_ref(&one).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                gemm.w as *const c_void,
+                plan.w,
+                gemm.x as *const c_void,
+                plan.x,
+                gemm.y as *const c_void,
+                plan.y,
+                gemm.y as *mut c_void,
+                plan.y,
+                &plan.algorithm,
+                self.workspace.address as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.cast(),
+            )
+        };
+        started.map_err(|error| unavailable(format!("cublasLt: {error}")))?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,78 @@
+//! Which backend runs: the one place that knows what this build was made with.
+
+use super::cpu::{Cpu, CpuOptions};
+use super::cuda::CudaOptions;
+use super::{Backend, BackendError};
+
+/// What a user asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU where there is one that can be used, else the processor.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A GPU.
+    Cuda,
+}
+
+/// What is done with the backend, whichever it is.
+pub trait UseBackend {
+    /// What comes of it.
+    type Output;
+
+    /// Does it. `device_bytes`: free memory of a device that has its own.
+    fn run<B: Backend>(self, backend: B, device_bytes: Option<u64>) -> Self::Output;
+}
+
+/// Opens the device and hands it to `user`. On `Auto`, a GPU that cannot be used is said in the log, and the processor taken.
+///
+/// # Errors
+/// [`BackendError::Unavailable`]: a GPU is asked for and this build or machine has none; or the processor's threads.
+pub fn open<U: UseBackend>(
+    choice: DeviceChoice,
+    cpu: CpuOptions,
+    cuda: CudaOptions,
+    user: U,
+) -> Result<U::Output, BackendError> {
+    let on_cpu = |user: U| Ok(user.run(Cpu::new(cpu)?, None));
+    if choice == DeviceChoice::Cpu {
+        return on_cpu(user);
+    }
+    match gpu(cuda) {
+        Ok((backend, bytes)) => Ok(user.run(backend, Some(bytes))),
+        Err(error) if choice == DeviceChoice::Cuda => Err(error),
+        Err(error) => {
+            // Nobody who built without the feature expects a GPU.
+            if cfg!(feature = "cuda") {
+                tracing::warn!(%error, "no GPU can be used: running on the processor");
+            }
+            on_cpu(user)
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(
+    options: CudaOptions,
+) -> Result<(super::cuda::Cuda<super::device::Device>, u64), BackendError> {
+    let device = super::device::Device::open(0)?;
+    let info = device.info()?;
+    tracing::info!(
+        name = info.name,
+        capability = format!("{}.{}", info.capability.0, info.capability.1),
+        total_bytes = info.total_bytes,
+        free_bytes = info.free_bytes,
+        cublaslt = device.has_cublaslt(),
+        "GPU"
+    );
+    let free_bytes = info.free_bytes as u64;
+    Ok((super::cuda::Cuda::new(device, options), free_bytes))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu(_: CudaOptions) -> Result<(Cpu, u64), BackendError> {
+    Err(BackendError::Unavailable {
+        device: "cuda",
+        reason: "this build has no GPU backend: build with --features cuda".to_owned(),
+    })
+}
