@@ -376,14 +376,25 @@ def drain(midpo):
         assert server.process.wait(timeout=60) == 0
 
 
+def real_model_exact(midpo, gguf):
+    # The two best first tokens are 0.08 apart: with activations in int8, llama.cpp too takes the other one and answers in French.
+    with Server(midpo, "--model", gguf, "--served-model-name", "real", "--dtype", "f32") as server:
+        assert answer_about(server, "France") == "The capital of France is Paris."
+
+
+def answer_about(server, country):
+    messages = [{"role": "user", "content": f"What is the capital of {country}?"}]
+    answer = server.client().chat.completions.create(model="real", messages=messages, max_tokens=48, temperature=0)
+    text = answer.choices[0].message.content
+    print(f"      {text!r}")
+    return text
+
+
 def real_model(midpo, gguf):
     with Server(midpo, "--model", gguf, "--served-model-name", "real") as server:
+        assert "Berlin" in answer_about(server, "Germany")
         client = server.client()
         messages = [{"role": "user", "content": "What is the capital of France?"}]
-        answer = client.chat.completions.create(model="real", messages=messages, max_tokens=48, temperature=0)
-        text = answer.choices[0].message.content
-        print(f"      {text!r}")
-        assert "Paris" in text
         error = refused(
             openai.BadRequestError,
             lambda: client.chat.completions.create(model="real", messages=messages, extra_body={"midpo": {"variant": "routed"}}),
@@ -454,6 +465,7 @@ def main():
     run("keys_and_policy", lambda: keys_and_policy(midpo), counts)
     run("drain", lambda: drain(midpo), counts)
     if rest:
+        run("real_model_exact", lambda: real_model_exact(midpo, rest[0]), counts)
         run("real_model", lambda: real_model(midpo, rest[0]), counts)
     print(f"{counts['passed']} passed, {counts['failed']} failed")
     sys.exit(counts["failed"] > 0)
