@@ -47,7 +47,7 @@
 //! | jiff | text config |
 //! | clap | config cli |
 //! | figment, strsim | config |
-//! | toml | demo cli |
+//! | toml | demo eval cli |
 //! | prometheus | metrics |
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |

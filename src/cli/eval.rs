@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Experts, load_expert};
 use crate::config::{EngineOptions, ModelOptions, RuntimeConfig};
 use crate::eval::{
     self, Answer, Conditions, Contender, Drawing, EvalError, Evaluation, Exchange, GateTable,
-    Judge, Judged, Prompt, RefusalRules, Report, Scores, Subject, Summary, prompts,
+    Judge, Judged, Manner, Prompt, RefusalRules, Report, Scores, Subject, Summary, prompts,
 };
 use crate::metrics::Metrics;
 use crate::server::SamplingDefaults;
@@ -252,7 +252,7 @@ fn answers(
     let contenders: Vec<Contender> = variants.iter().copied().map(Contender::of).collect();
     let drawing = drawing(args, &running.model.defaults);
     let mut names: Vec<String> = contenders.iter().map(|c| c.name.clone()).collect();
-    let mut answers = answer_all(running, &contenders, asked, &drawing)?;
+    let mut answers = answer_all(running, &[(&contenders, asked)], &drawing)?.concat();
     for adapter in &args.adapter {
         let running = start(runtime, || {
             let mut checkpoint = engine::load(&source)?;
@@ -264,9 +264,11 @@ fn answers(
             name: adapter.name.clone(),
             // The adapter stands in the safety expert's place.
             variant: Variant::Safety,
+            manner: Manner::default(),
         };
         names.push(adapter.name.clone());
-        answers.extend(answer_all(running, &[contender], asked, &drawing)?);
+        let more = answer_all(running, &[(&[contender], asked)], &drawing)?;
+        answers.extend(more.into_iter().flatten());
     }
     let sampling = &drawing.sampling;
     let conditions = Conditions {
@@ -315,13 +317,12 @@ fn drawing(args: &EvalArgs, defaults: &SamplingDefaults) -> Drawing {
     }
 }
 
-/// Takes the engine, and ends it.
-fn answer_all(
+/// All answers of each of `rounds`, who answers what. Takes the engine, and ends it.
+pub(super) fn answer_all(
     running: Running,
-    contenders: &[Contender],
-    asked: &[Prompt],
+    rounds: &[(&[Contender], &[Prompt])],
     drawing: &Drawing,
-) -> Result<Vec<Answer>, CliError> {
+) -> Result<Vec<Vec<Answer>>, CliError> {
     let subject = Subject {
         engine: running.handle,
         tokenizer: running.model.tokenizer,
@@ -329,13 +330,17 @@ fn answer_all(
         ends: running.model.ends,
     };
     let progress = bar("answers");
-    progress.set_length((asked.len() * contenders.len() * drawing.seeds.len()) as u64);
+    let pairs = rounds.iter().map(|(who, asked)| who.len() * asked.len());
+    progress.set_length((pairs.sum::<usize>() * drawing.seeds.len()) as u64);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .map_err(CliError::io("the evaluation's runtime"))?;
-    let tick = || progress.inc(1);
-    let answers = eval::answer(&subject, contenders, asked, drawing, tick);
-    let answers = runtime.block_on(answers)?;
+    let mut answers = Vec::with_capacity(rounds.len());
+    for (contenders, asked) in rounds {
+        let tick = || progress.inc(1);
+        let round = eval::answer(&subject, contenders, asked, drawing, tick);
+        answers.push(runtime.block_on(round)?);
+    }
     progress.finish_and_clear();
     subject.engine.drain();
     running.thread.join();

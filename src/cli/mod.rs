@@ -14,6 +14,7 @@ mod eval;
 mod health;
 mod logging;
 mod memory;
+mod pairs;
 mod perplexity;
 pub mod reference;
 mod serve;
@@ -41,6 +42,7 @@ Examples:
   midpo serve --model model.gguf --port 0              a plain Llama, on a port that the system chooses
   midpo chat                                           talk to the embedded demo in the terminal
   midpo convert --model BASE --safety S --helpfulness H --router router.pth --output packed
+  midpo pairs --model model.gguf --prompts sets/ --output pairs.jsonl     preference pairs of a base's own answers
   midpo train all --recipe recipe.toml                 base, reward, cost, experts, router: a pipeline from your own pairs
   midpo eval --model packed --prompts sets/            how safe and helpful each variant is, as tables and a picture
   midpo bench --concurrency 1,8,32 --svg sweep.svg     load on a running server, as a table and a picture
@@ -103,6 +105,11 @@ enum Command {
     /// One stage a subcommand, on one's own pairs, or all of them from a recipe. Ctrl-C saves a state; --resume goes on from it to
     /// the same result.
     Train(train::TrainArgs),
+    /// Make preference pairs from prompts: the base itself answers each in several voices.
+    ///
+    /// One voice refuses and says why, one helps, one is unguarded, and so on; a judge drops answers that are not what their voice is
+    /// for. The class of each prompt and the voices say which answer is better, which safer and which safe.
+    Pairs(Box<pairs::PairsArgs>),
     /// Make the embedded demo: its corpus, and from it tokenizer, base, experts and router.
     Demo(demo::DemoArgs),
     /// Evaluate a model's variants on sets of prompts.
@@ -186,6 +193,7 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
         Command::Demo(args) => demo::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Pairs(args) => pairs::run(&args),
         Command::Bench(args) => {
             bench::run(&args)?;
             Ok(ExitCode::SUCCESS)

@@ -10,11 +10,14 @@ use super::prompts::Prompt;
 use crate::engine::{
     EngineHandle, Event, GateDetail, PromptGates, Submission, SubmitError, TokenGates,
 };
+use crate::random::SplitMix64;
 use crate::text::{Chat, ChatTemplate, Message, TextStream, TextStreamOptions, Tokenizer};
 use crate::types::{FinishReason, SamplingParams, TokenId, Variant};
 
 /// Requests in the engine at once at most: enough to fill any batch.
 const AT_ONCE: usize = 256;
+/// Stream of random numbers that choose openings.
+const OPENINGS: u64 = 1;
 
 /// A model that answers.
 #[derive(Clone)]
@@ -36,6 +39,27 @@ pub struct Contender {
     pub name: String,
     /// The gates behind it.
     pub variant: Variant,
+    /// What it is told beside the prompt.
+    pub manner: Manner,
+}
+
+/// What a contender is told beside the prompt; by default nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// System turn.
+    pub system: Option<String>,
+    /// Words that an answer opens with: one of them, by prompt and seed. They are part of [`Answer::text`] and not of its tokens.
+    pub openings: Vec<String>,
+    /// Most tokens, where it is less than the drawing's.
+    pub max_tokens: Option<u32>,
+}
+
+impl Manner {
+    fn opening(&self, prompt: &Prompt, seed: u64) -> Option<&str> {
+        let mut random = SplitMix64::new(prompt.seed(seed), OPENINGS);
+        let opening = self.openings.get(random.below(self.openings.len()));
+        opening.map(String::as_str)
+    }
 }
 
 impl Contender {
@@ -44,6 +68,7 @@ impl Contender {
         Self {
             name: variant.as_str().to_owned(),
             variant,
+            manner: Manner::default(),
         }
     }
 }
@@ -91,25 +116,23 @@ pub async fn answer(
     drawing: &Drawing,
     mut on_answer: impl FnMut(),
 ) -> Result<Vec<Answer>, EvalError> {
-    let encoded = prompts
-        .iter()
-        .map(|prompt| encode(subject, prompt))
-        .collect::<Result<Vec<_>, _>>()?;
     let names: Vec<Arc<str>> = contenders.iter().map(|c| c.name.as_str().into()).collect();
-    let (encoded, names) = (&encoded, &names);
+    let names = &names;
     let mut tasks = Vec::new();
     // Seeds of one prompt run soon after each other, while its blocks are cached.
     for (prompt, asked) in prompts.iter().enumerate() {
         for (draw, seed) in drawing.seeds.iter().enumerate() {
             for (place, contender) in contenders.iter().enumerate() {
+                let one = Task {
+                    asked,
+                    contender,
+                    opening: contender.manner.opening(asked, *seed),
+                    seed: *seed,
+                    is_first: draw == 0,
+                };
+                let ids = one.encode(subject)?;
                 let task = async move {
-                    let one = Task {
-                        asked,
-                        contender,
-                        seed: *seed,
-                        is_first: draw == 0,
-                    };
-                    let submission = one.submission(subject, &encoded[prompt], &drawing.sampling);
+                    let submission = one.submission(subject, ids, &drawing.sampling);
                     let mut answer = one.read(subject, submission).await?;
                     answer.prompt = prompt;
                     answer.contender = Arc::clone(&names[place]);
@@ -130,62 +153,72 @@ pub async fn answer(
     Ok(answers.into_iter().map(|(_, answer)| answer).collect())
 }
 
-/// The ids of a prompt, as one user's turn.
-fn encode(subject: &Subject, prompt: &Prompt) -> Result<Vec<TokenId>, EvalError> {
-    let message = Message {
-        role: "user".to_owned(),
-        content: prompt.text.clone(),
-        ..Message::default()
-    };
-    let chat = Chat {
-        messages: vec![message],
-        add_generation_prompt: true,
-        ..Chat::default()
-    };
-    let ids = subject.template.encode(&subject.tokenizer, &chat);
-    let ids = ids.map_err(|source| EvalError::Text {
-        id: prompt.id.clone(),
-        source,
-    })?;
-    let limit = subject.engine.limits().context_tokens_max;
-    if ids.len() >= limit {
-        return Err(EvalError::Submit {
-            id: prompt.id.clone(),
-            variant: "any".to_owned(),
-            source: SubmitError::ContextLength {
-                limit,
-                prompt: ids.len(),
-                max_tokens: 1,
-            },
-        });
-    }
-    Ok(ids)
-}
-
 /// One answer to get.
 struct Task<'a> {
     asked: &'a Prompt,
     contender: &'a Contender,
+    opening: Option<&'a str>,
     seed: u64,
     is_first: bool,
 }
 
 impl Task<'_> {
+    /// The ids of the prompt, as one user's turn, with what the contender is told.
+    fn encode(&self, subject: &Subject) -> Result<Vec<TokenId>, EvalError> {
+        let turns = [
+            ("system", self.contender.manner.system.as_deref()),
+            ("user", Some(self.asked.text.as_str())),
+            ("assistant", self.opening),
+        ];
+        let messages = turns.into_iter().filter_map(|(role, content)| {
+            Some(Message {
+                role: role.to_owned(),
+                content: content?.to_owned(),
+                ..Message::default()
+            })
+        });
+        let chat = Chat {
+            messages: messages.collect(),
+            add_generation_prompt: self.opening.is_none(),
+            continue_final_message: self.opening.is_some(),
+            ..Chat::default()
+        };
+        let ids = subject.template.encode(&subject.tokenizer, &chat);
+        let ids = ids.map_err(|source| EvalError::Text {
+            id: self.asked.id.clone(),
+            source,
+        })?;
+        let limit = subject.engine.limits().context_tokens_max;
+        if ids.len() >= limit {
+            return Err(EvalError::Submit {
+                id: self.asked.id.clone(),
+                variant: self.contender.name.clone(),
+                source: SubmitError::ContextLength {
+                    limit,
+                    prompt: ids.len(),
+                    max_tokens: 1,
+                },
+            });
+        }
+        Ok(ids)
+    }
+
     fn submission(
         &self,
         subject: &Subject,
-        ids: &[TokenId],
+        ids: Vec<TokenId>,
         sampling: &SamplingParams,
     ) -> Submission {
         let room = subject.engine.limits().context_tokens_max - ids.len();
         let room = u32::try_from(room).unwrap_or(u32::MAX);
+        let most = self.contender.manner.max_tokens.unwrap_or(u32::MAX);
         let variant = self.contender.variant;
         let is_routed = variant == Variant::Routed;
         Submission {
-            prompt: ids.to_vec(),
+            prompt: ids,
             sampling: SamplingParams {
                 seed: self.asked.seed(self.seed),
-                max_tokens: sampling.max_tokens.min(room),
+                max_tokens: sampling.max_tokens.min(room).min(most),
                 ..sampling.clone()
             },
             choices: 1,
@@ -217,7 +250,7 @@ impl Task<'_> {
             contender: Arc::default(),
             prompt: 0,
             seed: self.seed,
-            text: String::new(),
+            text: self.opening.unwrap_or_default().to_owned(),
             tokens: 0,
             finish: FinishReason::Failed,
             prompt_gates: None,

@@ -47,6 +47,16 @@ pub enum EvalError {
         /// What came.
         found: String,
     },
+    /// A file that a flag names is not what it should be, as a whole.
+    #[error("--{flag}: {}: {reason}", file.display())]
+    Syntax {
+        /// The flag that names it.
+        flag: &'static str,
+        /// Which.
+        file: PathBuf,
+        /// Where, what was expected and what was found.
+        reason: String,
+    },
     /// Files without what is wanted of them.
     #[error("--{flag}: {}: expected {expected}, found none", file.display())]
     Nothing {

@@ -14,6 +14,7 @@ mod gguf_file;
 mod golden;
 mod http;
 mod ops;
+mod pairs;
 mod simulation;
 mod text;
 mod train;
