@@ -33,3 +33,8 @@ constexpr int GEMM_FEW_THREADS = 128;     // a warp 16 of its o
 constexpr int GEMM_MANY_ROWS = 128;       // n of a block otherwise
 constexpr int GEMM_MANY_COLS = 128;       // o of such a block
 constexpr int GEMM_MANY_THREADS = 256;    // a warp 64 n x 32 o
+
+constexpr int SAMPLE_THREADS = 512;       // a block a row of logits
+constexpr int SAMPLE_BINS = 2048;         // of a histogram of logits
+constexpr int SAMPLE_TOP = 20;            // most likely tokens reported at most
+constexpr int SAMPLE_ROW_WORDS = 18;      // 32-bit words of a row's parameters

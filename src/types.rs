@@ -199,7 +199,7 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Divides positive and multiplies negative logits of tokens in prompt or answer; 1 is off.
     pub repetition_penalty: f32,
-    /// Added to the logits of these tokens.
+    /// Added to the logits of these tokens; no token twice.
     pub logit_bias: Vec<(TokenId, f32)>,
     /// Random numbers are a function of (seed, choice, position) only.
     pub seed: u64,

@@ -8,10 +8,12 @@ mod error;
 mod open;
 pub mod ops;
 pub mod reference;
+mod sample;
 mod step;
 
 pub use error::BackendError;
 pub use open::{DeviceChoice, UseBackend, open};
+pub use sample::{SampleFault, SampleRow, Sampled};
 pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence};
 
 use crate::dtype::{BlockType, DType};

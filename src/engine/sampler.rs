@@ -3,11 +3,15 @@
 //!
 //! Order, as in vLLM: `logit_bias`, `min_tokens`, penalties (repetition, then frequency and presence), temperature, `min_p`,
 //! `top_k`, `top_p`. Log-probabilities are of the row as it came.
+//!
+//! Probabilities are integers in units of 2^-30 of the most likely token's ([`mass`]): their sums do not depend on the order of
+//! additions, so `kernels/sample.cu` chooses the same tokens, to the bit.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use super::handle::TokenLogprobs;
+use crate::backend::SampleRow;
 use crate::random;
 use crate::types::{SamplingParams, TokenId};
 
@@ -16,6 +20,34 @@ const NUCLEUS_FIRST: usize = 64;
 
 /// Below this temperature the answer is greedy: dividing by less overflows.
 const TEMPERATURE_MIN: f32 = 1e-5;
+
+/// exp(x) in units of 2^-30, for x <= 0; within 4e-6 of it and a unit. Below a unit it is 0: what is a billion times less likely than
+/// the most likely token is never drawn.
+///
+/// 2^(x log2 e) by its series around the nearest integer. Every step rounds on its own, as in the kernel: nothing is fused.
+pub fn mass(x: f32) -> u32 {
+    /// 1.5 * 2^23: adding it leaves the nearest integer in the last bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// ln(2)^k / k!, from k = 6 down to 0.
+    const SERIES: [f32; 7] = [
+        0.000_154_035_3,
+        0.001_333_355_8,
+        0.009_618_129,
+        0.055_504_11,
+        0.240_226_5,
+        std::f32::consts::LN_2,
+        1.0,
+    ];
+    let t = x * std::f32::consts::LOG2_E;
+    if t.is_nan() || t < -31.0 {
+        return 0;
+    }
+    let shifted = t + ROUND;
+    let fraction = t - (shifted - ROUND);
+    let power = SERIES.iter().fold(0.0, |sum, term| sum * fraction + term);
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+    (power * f32::from_bits(exponent.wrapping_add(30 + 127) << 23)) as u32
+}
 
 /// Why a row cannot be sampled from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -78,17 +110,17 @@ pub struct Sampler {
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     logit: f32,
-    /// exp(logit), once the candidates that remain are known.
-    weight: f32,
+    /// Its probability, once the candidates that remain are known.
+    mass: u32,
     token: u32,
 }
 
 impl Candidate {
-    /// Most likely first; of equals the first in the vocabulary.
+    /// Most likely first; of equals, as both zeros are, the first in the vocabulary.
     fn order(&self, other: &Self) -> Ordering {
-        other
-            .logit
-            .total_cmp(&self.logit)
+        let (logit, other_logit) = (self.logit + 0.0, other.logit + 0.0);
+        other_logit
+            .total_cmp(&logit)
             .then(self.token.cmp(&other.token))
     }
 }
@@ -108,7 +140,7 @@ impl Sampler {
         max_logit(logits)?;
         let masks = position.generated < params.min_tokens as usize;
         let plain = params.logit_bias.is_empty() && !masks && history.counts.is_empty();
-        let greedy = params.temperature < TEMPERATURE_MIN;
+        let greedy = scale(params) == 0.0;
         if plain && greedy {
             return argmax(logits);
         }
@@ -135,8 +167,7 @@ impl Sampler {
     }
 
     fn mask_ends(&mut self, params: &SamplingParams, eos: &[TokenId]) {
-        let eos = if params.ignore_eos { &[] } else { eos };
-        for token in eos.iter().chain(&params.stop_token_ids) {
+        for token in masked_ends(params, eos) {
             if let Some(logit) = self.logits.get_mut(token.index()) {
                 *logit = f32::NEG_INFINITY;
             }
@@ -163,39 +194,40 @@ impl Sampler {
     /// `random` in [0, 1) picks from what temperature, `min_p`, `top_k` and `top_p` leave.
     fn draw(&mut self, params: &SamplingParams, random: f64) -> Result<TokenId, SampleError> {
         let max = max_logit(&self.logits)?;
-        let scale = 1.0 / params.temperature;
-        // p / p_max >= min_p, in logits; min_p = 0 keeps all but the impossible.
-        let least = max + params.min_p.ln() * params.temperature;
+        let (scale, least) = (scale(params), max + least(params));
         self.candidates.clear();
-        let kept = self.logits.iter().zip(0..).filter(|(logit, _)| {
-            **logit > f32::NEG_INFINITY && (params.min_p <= 0.0 || **logit >= least)
-        });
+        let kept = self.logits.iter().zip(0..);
+        let kept = kept.filter(|(logit, _)| **logit > f32::NEG_INFINITY && **logit >= least);
         self.candidates.extend(kept.map(|(logit, token)| Candidate {
-            logit: (logit - max) * scale,
-            weight: 0.0,
+            logit: *logit,
+            mass: 0,
             token,
         }));
         let top_k = params.top_k as usize;
-        if top_k > 0 && top_k < self.candidates.len() {
+        let few = top_k > 0 && top_k < self.candidates.len();
+        if few {
             self.candidates
                 .select_nth_unstable_by(top_k - 1, Candidate::order);
             self.candidates.truncate(top_k);
         }
         for candidate in &mut self.candidates {
-            candidate.weight = candidate.logit.exp();
+            candidate.mass = mass((candidate.logit - max) * scale);
         }
         if params.top_p < 1.0 {
             let nucleus = self.nucleus(f64::from(params.top_p));
             self.candidates.truncate(nucleus);
+        }
+        if few || params.top_p < 1.0 {
+            self.candidates
+                .sort_unstable_by_key(|candidate| candidate.token);
         }
         self.pick(random)
     }
 
     /// Orders as many candidates as it needs to, and returns how many of the first reach `top_p` of the mass of all.
     fn nucleus(&mut self, top_p: f64) -> usize {
-        let total: f64 = self.candidates.iter().map(weight).sum();
-        let target = top_p * total;
-        let mut mass = 0.0;
+        let target = ((top_p * self.total() as f64).ceil() as u64).max(1);
+        let mut mass = 0;
         let mut ordered = 0;
         let mut group = NUCLEUS_FIRST;
         while ordered < self.candidates.len() {
@@ -206,7 +238,7 @@ impl Sampler {
             let group_len = group.min(rest.len());
             rest[..group_len].sort_unstable_by(Candidate::order);
             for (index, candidate) in rest[..group_len].iter().enumerate() {
-                mass += weight(candidate);
+                mass += u64::from(candidate.mass);
                 if mass >= target {
                     return ordered + index + 1;
                 }
@@ -217,18 +249,22 @@ impl Sampler {
         self.candidates.len()
     }
 
-    /// Inverse of the cumulative distribution over the candidates. Their order is a function of the row alone: the same
-    /// selections run on the same numbers.
+    /// Of the candidates; below 2^53.
+    fn total(&self) -> u64 {
+        let masses = self.candidates.iter();
+        masses.map(|candidate| u64::from(candidate.mass)).sum()
+    }
+
+    /// Inverse of the cumulative distribution over the candidates, in the vocabulary's order.
     fn pick(&self, random: f64) -> Result<TokenId, SampleError> {
-        let total: f64 = self.candidates.iter().map(weight).sum();
-        let target = random * total;
-        let mut mass = 0.0;
+        let total = self.total();
+        // Rounding may have made all of it of a number just below 1.
+        let target = ((random * total as f64) as u64).min(total.saturating_sub(1));
+        let mut mass = 0;
         let chosen = self.candidates.iter().find(|candidate| {
-            mass += weight(candidate);
+            mass += u64::from(candidate.mass);
             mass > target
         });
-        // Rounding may leave the last one a hair short.
-        let chosen = chosen.or(self.candidates.last());
         chosen
             .map(|candidate| TokenId(candidate.token))
             .ok_or(SampleError::NoToken)
@@ -279,7 +315,7 @@ impl Sampler {
             }
             let candidate = Candidate {
                 logit,
-                weight: 0.0,
+                mass: 0,
                 token,
             };
             let at = self
@@ -291,8 +327,56 @@ impl Sampler {
     }
 }
 
-fn weight(candidate: &Candidate) -> f64 {
-    f64::from(candidate.weight)
+/// What [`Sampler::sample`] and [`Sampler::logprobs`] do with a row, for a device that does the same; `row` keeps its room.
+pub fn describe(
+    params: &SamplingParams,
+    history: &History,
+    position: Position<'_>,
+    row: &mut SampleRow,
+) {
+    row.random = random::uniform(params.seed, position.choice, position.position as u64);
+    row.scale = scale(params);
+    row.least = least(params);
+    row.top_k = params.top_k;
+    row.top_p = params.top_p;
+    row.repetition_penalty = params.repetition_penalty;
+    row.presence_penalty = params.presence_penalty;
+    row.frequency_penalty = params.frequency_penalty;
+    row.bias.clone_from(&params.logit_bias);
+    row.masked.clear();
+    if position.generated < params.min_tokens as usize {
+        row.masked.extend(masked_ends(params, position.eos));
+    }
+    row.history.clear();
+    let counts = history.counts.iter();
+    row.history
+        .extend(counts.map(|(token, count)| (*token, *count)));
+    row.top = params.logprobs;
+}
+
+/// What may not be sampled before `min_tokens`.
+fn masked_ends<'a>(
+    params: &'a SamplingParams,
+    eos: &'a [TokenId],
+) -> impl Iterator<Item = TokenId> + 'a {
+    let eos = if params.ignore_eos { &[] } else { eos };
+    eos.iter().chain(&params.stop_token_ids).copied()
+}
+
+/// What logits are multiplied by; 0 is greedy.
+fn scale(params: &SamplingParams) -> f32 {
+    match params.temperature < TEMPERATURE_MIN {
+        true => 0.0,
+        false => 1.0 / params.temperature,
+    }
+}
+
+/// p / p_max >= min_p, in logits: what of the largest a logit may fall short by, below 0.
+fn least(params: &SamplingParams) -> f32 {
+    match params.min_p > 0.0 {
+        true => params.min_p.ln() * params.temperature,
+        false => f32::NEG_INFINITY,
+    }
 }
 
 /// The largest logit; also the one check of a row.
@@ -544,13 +628,30 @@ mod tests {
         let mut sampler = Sampler::default();
         let candidates = (0..1000).map(|token| Candidate {
             logit: 0.0,
-            weight: 1.0,
+            mass: 1 << 30,
             token,
         });
         sampler.candidates.extend(candidates);
         assert_eq!(sampler.nucleus(0.5), 500);
         let first = sampler.candidates[..500].iter().map(|c| c.token);
         assert!(first.eq(0..500));
+    }
+
+    #[test]
+    fn mass_is_a_power_of_e_and_nothing_when_it_is_less_than_a_unit() {
+        let one = f64::from(1u32 << 30);
+        assert_eq!(mass(0.0), 1 << 30);
+        let points = (0..200_000).map(|i| i as f32 * -1.1e-4);
+        for x in points.chain([-f32::MIN_POSITIVE, -1e-20, -20.79, -21.4]) {
+            let (want, found) = (f64::from(x).exp() * one, f64::from(mass(x)));
+            assert!(
+                (found - want).abs() <= 1.0 + 4e-6 * want,
+                "{x}: {found} {want}"
+            );
+        }
+        for x in [-21.5, -1e30, f32::NEG_INFINITY, f32::NAN] {
+            assert_eq!(mass(x), 0, "{x}");
+        }
     }
 
     #[test]

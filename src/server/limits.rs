@@ -293,7 +293,8 @@ fn logit_bias(
         let id = key
             .parse::<u32>()
             .ok()
-            .filter(|id| (*id as usize) < vocabulary);
+            // A second spelling of a number (`05`) could name a token twice.
+            .filter(|id| (*id as usize) < vocabulary && id.to_string() == *key);
         let id = id.ok_or_else(|| {
             let message = format!(
                 "expected token ids below {vocabulary}, found `{}`",

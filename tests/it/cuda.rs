@@ -9,6 +9,8 @@
 // The emulation runs what a device would: raw addresses.
 #![allow(unsafe_code)]
 
+mod sample;
+
 use cuda_emu::{Memory, Schedule};
 use half::bf16;
 use midpo::backend::cuda::{Arg, Cuda, CudaOptions, Driver, Gemm, Launch, Storage};

@@ -10,6 +10,7 @@ mod driver;
 mod gemm;
 mod memory;
 mod mix;
+mod sample;
 mod scratch;
 mod step;
 mod tiles;
@@ -27,6 +28,7 @@ use super::{
 };
 use driver::kernel;
 use memory::Kept;
+use sample::SampleScratch;
 use scratch::Scratch;
 use tiles::{
     EMBED_THREADS, GATHER_THREADS, HEAD_SIZE_MAX, NORM_THREADS, PREFILL_ROWS, ROPE_THREADS,
@@ -50,6 +52,7 @@ pub struct Cuda<D: Driver> {
     mix_arrived: Scratch<D>,
     /// Of attention: what splits leave for the merge.
     attention_partials: Scratch<D>,
+    sample: SampleScratch<D>,
 }
 
 impl<D: Driver> Cuda<D> {
@@ -61,6 +64,7 @@ impl<D: Driver> Cuda<D> {
             mix_partials: Scratch::new("partial sums of the experts"),
             mix_arrived: Scratch::new("counters of the experts"),
             attention_partials: Scratch::new("partial sums of attention"),
+            sample: SampleScratch::new(),
         }
     }
 

@@ -29,4 +29,21 @@ impl<D: Driver> Scratch<D> {
         self.bytes = bytes;
         Ok(driver.address(self.memory.insert(memory)))
     }
+
+    /// Copies `bytes` to the beginning and returns its address.
+    pub(super) fn upload(&mut self, driver: &D, bytes: &[u8]) -> Result<u64, BackendError> {
+        let address = self.reserve(driver, bytes.len())?;
+        if let Some(memory) = &mut self.memory {
+            driver.upload(memory, 0, bytes)?;
+        }
+        Ok(address)
+    }
+
+    /// Copies from the beginning, after all work so far.
+    pub(super) fn download(&self, driver: &D, into: &mut [u8]) -> Result<(), BackendError> {
+        match &self.memory {
+            Some(memory) => driver.download(memory, 0, into),
+            None => Ok(()),
+        }
+    }
 }

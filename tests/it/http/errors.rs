@@ -65,6 +65,7 @@ async fn illegal_values_are_refused_by_name() {
         (json!({"repetition_penalty": 0}), "repetition_penalty"),
         (json!({"logit_bias": {"x": 1}}), "logit_bias.x"),
         (json!({"logit_bias": {"512": 1}}), "logit_bias.512"),
+        (json!({"logit_bias": {"05": 1}}), "logit_bias.05"),
         (json!({"logit_bias": {"5": 101}}), "logit_bias.5"),
         (json!({"stop": many(5)}), "stop"),
         (json!({"stop": [""]}), "stop[0]"),
