@@ -22,6 +22,9 @@ const DRIVER_VERSION: i32 = 13_000;
 const CAPABILITY: (i32, i32) = (8, 0);
 /// What cublasLt may use beside its operands.
 const WORKSPACE_BYTES: usize = 32 << 20;
+/// A page of device memory, and what the driver rounds pieces up to that share one.
+const PAGE_BYTES: usize = 2 << 20;
+const PIECE_BYTES: usize = 512;
 /// Dynamic shared memory that every kernel may use without asking.
 const SHARED_BYTES: u32 = 48 << 10;
 
@@ -242,6 +245,14 @@ impl Driver for Device {
             bytes,
             context: Arc::clone(&self.context),
         })
+    }
+
+    fn occupied(&self, bytes: usize) -> usize {
+        match bytes < PAGE_BYTES / 2 {
+            // Small pieces share pages.
+            true => bytes.next_multiple_of(PIECE_BYTES),
+            false => bytes.next_multiple_of(PAGE_BYTES),
+        }
     }
 
     fn address(&self, memory: &DeviceMemory) -> u64 {

@@ -12,9 +12,9 @@ mod sample;
 mod step;
 
 pub use error::BackendError;
-pub use open::{DeviceChoice, UseBackend, open};
+pub use open::{DeviceBytes, DeviceChoice, UseBackend, open};
 pub use sample::{SampleFault, SampleRow, Sampled};
-pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence};
+pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence, Workload};
 
 use crate::dtype::{BlockType, DType};
 
@@ -145,7 +145,8 @@ impl KvShape {
 
 /// A device that holds weights and buffers and runs the ops of [`ops`].
 ///
-/// Every op writes into buffers made beforehand: a step allocates nothing. An op's result for a row depends on that row's
+/// Every op writes into buffers made beforehand: a step allocates nothing. What each of them takes is arithmetic, so that a device's
+/// memory can be shared out before anything is made: `NAME_bytes` is what `NAME` takes for the same arguments. An op's result for a row depends on that row's
 /// inputs alone, to the bit, whatever else is in the batch (batch invariance).
 pub trait Backend: Sized + Send + 'static {
     /// Activations, `rows` x `width`; f32 as seen from the host.
@@ -178,12 +179,37 @@ pub trait Backend: Sized + Send + 'static {
         self.matrix(&[lora_a, gates], None, WeightFormat::Stored)
     }
 
+    /// Of [`Self::matrix`], which refuses the same.
+    fn matrix_bytes(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<usize, BackendError>;
+
+    /// Of [`Self::experts`].
+    fn experts_bytes(
+        &self,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+    ) -> Result<usize, BackendError> {
+        self.matrix_bytes(&[lora_a, gates], None, WeightFormat::Stored)
+    }
+
     /// A zeroed buffer of activations, which a backend may keep in two bytes a number.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
 
     /// A zeroed buffer of f32 on every device: what each op says is `exact` (residual stream, weights of norms, tables, gates, logits).
     fn exact_buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError> {
         self.buffer(rows, width)
+    }
+
+    /// Of [`Self::buffer`].
+    fn buffer_bytes(&self, rows: usize, width: usize) -> usize;
+
+    /// Of [`Self::exact_buffer`].
+    fn exact_buffer_bytes(&self, rows: usize, width: usize) -> usize {
+        self.buffer_bytes(rows, width)
     }
 
     /// Overwrites the first rows of `buffer` with `values` (whole rows).
@@ -200,8 +226,20 @@ pub trait Backend: Sized + Send + 'static {
     /// hands.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, BackendError>;
 
+    /// Of each block of [`Self::kv_cache`], which refuses the same; beside its blocks a cache takes no more than rounds it up.
+    fn kv_block_bytes(&self, shape: KvShape) -> Result<usize, BackendError> {
+        Ok(shape.block_bytes())
+    }
+
     /// Room for steps within `limits`.
     fn step(&self, limits: StepLimits) -> Result<Self::Step, BackendError>;
+
+    /// Makes what ops need beside their operands, for all steps of `work`: none of them allocates afterwards. Without it they
+    /// make it as they need it.
+    fn reserve(&mut self, work: &Workload) -> Result<(), BackendError>;
+
+    /// Of [`Self::step`] and [`Self::reserve`] together.
+    fn workspace_bytes(&self, work: &Workload) -> usize;
 
     /// Checks `layout` against the limits of `step` and makes it the current one.
     fn load_step(&self, layout: &StepLayout<'_>, step: &mut Self::Step)

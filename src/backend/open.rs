@@ -15,13 +15,22 @@ pub enum DeviceChoice {
     Cuda,
 }
 
+/// Memory of a device that has its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceBytes {
+    /// All of it.
+    pub total: u64,
+    /// What nobody has taken yet.
+    pub free: u64,
+}
+
 /// What is done with the backend, whichever it is.
 pub trait UseBackend {
     /// What comes of it.
     type Output;
 
-    /// Does it. `device_bytes`: free memory of a device that has its own.
-    fn run<B: Backend>(self, backend: B, device_bytes: Option<u64>) -> Self::Output;
+    /// Does it. `memory`: of a device that has its own.
+    fn run<B: Backend>(self, backend: B, memory: Option<DeviceBytes>) -> Self::Output;
 }
 
 /// Opens the device and hands it to `user`. On `Auto`, a GPU that cannot be used is said in the log, and the processor taken.
@@ -39,7 +48,7 @@ pub fn open<U: UseBackend>(
         return on_cpu(user);
     }
     match gpu(cuda) {
-        Ok((backend, bytes)) => Ok(user.run(backend, Some(bytes))),
+        Ok((backend, memory)) => Ok(user.run(backend, Some(memory))),
         Err(error) if choice == DeviceChoice::Cuda => Err(error),
         Err(error) => {
             // Nobody who built without the feature expects a GPU.
@@ -54,7 +63,7 @@ pub fn open<U: UseBackend>(
 #[cfg(feature = "cuda")]
 fn gpu(
     options: CudaOptions,
-) -> Result<(super::cuda::Cuda<super::device::Device>, u64), BackendError> {
+) -> Result<(super::cuda::Cuda<super::device::Device>, DeviceBytes), BackendError> {
     let device = super::device::Device::open(0)?;
     let info = device.info()?;
     tracing::info!(
@@ -65,12 +74,15 @@ fn gpu(
         cublaslt = device.has_cublaslt(),
         "GPU"
     );
-    let free_bytes = info.free_bytes as u64;
-    Ok((super::cuda::Cuda::new(device, options), free_bytes))
+    let memory = DeviceBytes {
+        total: info.total_bytes as u64,
+        free: info.free_bytes as u64,
+    };
+    Ok((super::cuda::Cuda::new(device, options), memory))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpu(_: CudaOptions) -> Result<(Cpu, u64), BackendError> {
+fn gpu(_: CudaOptions) -> Result<(Cpu, DeviceBytes), BackendError> {
     Err(BackendError::Unavailable {
         device: "cuda",
         reason: "this build has no GPU backend: build with --features cuda".to_owned(),

@@ -11,7 +11,7 @@ use super::ops::{
 use super::step::HostStep;
 use super::{
     Backend, BackendError, HostMatrix, KvFormat, KvShape, Matrix, Shaped, StepLayout, StepLimits,
-    WeightFormat,
+    WeightFormat, Workload,
 };
 use crate::dtype::DType;
 use crate::types::{BLOCK_TOKENS, BlockId};
@@ -216,6 +216,20 @@ impl Backend for Reference {
         })
     }
 
+    fn matrix_bytes(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        _: WeightFormat,
+    ) -> Result<usize, BackendError> {
+        let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
+        Ok(outputs * (inputs + extension_inputs) * size_of::<f32>())
+    }
+
+    fn buffer_bytes(&self, rows: usize, width: usize) -> usize {
+        rows.saturating_mul(width).saturating_mul(size_of::<f32>())
+    }
+
     fn buffer(&self, rows: usize, width: usize) -> Result<Rows, BackendError> {
         Ok(Rows {
             width,
@@ -242,6 +256,22 @@ impl Backend for Reference {
             k: vec![0.0; numbers],
             v: vec![0.0; numbers],
         })
+    }
+
+    fn kv_block_bytes(&self, shape: KvShape) -> Result<usize, BackendError> {
+        let exact = KvShape {
+            format: KvFormat::F32,
+            ..shape
+        };
+        Ok(exact.block_bytes())
+    }
+
+    fn reserve(&mut self, _: &Workload) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn workspace_bytes(&self, work: &Workload) -> usize {
+        HostStep::bytes(&work.limits)
     }
 
     fn step(&self, limits: StepLimits) -> Result<HostStep, BackendError> {

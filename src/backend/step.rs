@@ -1,6 +1,7 @@
 //! One step's ragged batch as the ops see it: rows of tokens, grouped by sequence.
 
 use super::BackendError;
+use super::ops::Heads;
 use crate::types::{BLOCK_TOKENS, BlockId, GateOverride, TokenId};
 
 /// The rows of one sequence in a step: `rows` tokens at positions `start..start + rows`.
@@ -42,6 +43,34 @@ pub struct StepLimits {
     pub blocks: usize,
     /// Tokens in the vocabulary.
     pub vocabulary: usize,
+}
+
+impl StepLimits {
+    /// A sequence has at least one row.
+    pub(super) fn sequences_in_a_step(&self) -> usize {
+        self.sequences.min(self.rows)
+    }
+
+    /// Entries of all block tables.
+    pub(super) fn blocks_in_a_step(&self) -> usize {
+        let table = self.positions.div_ceil(BLOCK_TOKENS).min(self.blocks);
+        self.sequences_in_a_step().saturating_mul(table)
+    }
+}
+
+/// What all steps of a model ask of a backend at most: how much it needs beside operands follows from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// The largest step.
+    pub limits: StepLimits,
+    /// Heads of attention.
+    pub heads: Heads,
+    /// m.
+    pub mlp_width: usize,
+    /// w; 0 without experts.
+    pub expert_width: usize,
+    /// Most inputs of a matrix of which a part is in a block format and meets x in int8; 0: there is none.
+    pub quantised_inputs: usize,
 }
 
 impl StepLayout<'_> {
@@ -173,17 +202,23 @@ impl HostSequence<'_> {
 impl HostStep {
     /// Room for any step within `limits`, reserved now so that loading a step allocates nothing.
     pub fn new(limits: StepLimits) -> Self {
-        // A sequence has at least one row.
-        let sequences = limits.sequences.min(limits.rows);
-        let table = limits.positions.div_ceil(BLOCK_TOKENS);
         Self {
             limits,
             tokens: Vec::with_capacity(limits.rows),
-            sequences: Vec::with_capacity(sequences),
-            blocks: Vec::with_capacity(sequences.saturating_mul(table.min(limits.blocks))),
+            sequences: Vec::with_capacity(limits.sequences_in_a_step()),
+            blocks: Vec::with_capacity(limits.blocks_in_a_step()),
             logit_rows: Vec::with_capacity(limits.logit_rows),
             written: vec![0; limits.blocks.div_ceil(64)],
         }
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(limits: &StepLimits) -> usize {
+        let numbers = limits.logit_rows + limits.blocks.div_ceil(64);
+        limits.rows * size_of::<TokenId>()
+            + limits.sequences_in_a_step() * size_of::<PlacedSequence>()
+            + limits.blocks_in_a_step() * size_of::<BlockId>()
+            + numbers * size_of::<u64>()
     }
 
     /// Checks `layout` and keeps it. On an error the step before stays.

@@ -169,6 +169,25 @@ pub struct BaseTensors {
     pub lm_head: Option<HostTensor>,
 }
 
+impl BaseTensors {
+    /// Every matrix: (outputs, inputs).
+    pub fn matrices(&self) -> impl Iterator<Item = &HostTensor> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            [
+                &layer.q_proj,
+                &layer.k_proj,
+                &layer.v_proj,
+                &layer.o_proj,
+                &layer.gate_proj,
+                &layer.up_proj,
+                &layer.down_proj,
+            ]
+        });
+        let ends = [Some(&self.embed_tokens), self.lm_head.as_ref()];
+        layers.chain(ends.into_iter().flatten())
+    }
+}
+
 /// The weights of one layer.
 #[derive(Clone, Debug)]
 pub struct LayerTensors {

@@ -7,19 +7,20 @@ use super::{CliError, memory};
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::CudaOptions;
 use crate::backend::{
-    self, Backend, BackendError, DeviceChoice, KvFormat, KvShape, UseBackend, WeightFormat,
+    self, Backend, BackendError, DeviceBytes, DeviceChoice, KvFormat, UseBackend, WeightFormat,
 };
-use crate::checkpoint::{self, BaseTensors, Checkpoint, RopeScaling, Sources, Verify};
+use crate::checkpoint::{self, BaseTensors, Checkpoint, LlamaConfig, RopeScaling, Sources, Verify};
 use crate::config::{
-    ConfigError, Device, EngineConfig, KvDType, ModelFacts, ModelSource, RuntimeConfig, WeightDType,
+    Budget, ConfigError, Device, DeviceMemory, EngineConfig, KvDType, ModelFacts, ModelSource,
+    RuntimeConfig, WeightDType,
 };
+use crate::demo;
 use crate::dtype::BlockType;
 use crate::engine::{Engine, EngineHandle, EngineThread, model_options};
 use crate::metrics::Metrics;
-use crate::model::RoutedLlama;
+use crate::model::{self, RoutedLlama};
 use crate::server::{SamplingDefaults, ServedModel};
 use crate::text::{ChatTemplate, SpecialTokens, Tokenizer};
-use crate::{demo, types::BLOCK_TOKENS};
 
 /// An engine on its thread, and what turns text into its ids.
 pub(super) struct Running {
@@ -51,6 +52,24 @@ pub(super) fn start_with(
     runtime: &RuntimeConfig,
     metrics: Arc<Metrics>,
 ) -> Result<Running, CliError> {
+    let start = Start {
+        load,
+        runtime,
+        metrics,
+        began: Instant::now(),
+    };
+    on_device(runtime, start)?
+}
+
+/// Where the memory would go, without taking it.
+///
+/// # Errors
+/// As [`start`].
+pub(super) fn check(source: &ModelSource, runtime: &RuntimeConfig) -> Result<Budget, CliError> {
+    on_device(runtime, Check { source, runtime })?
+}
+
+fn on_device<U: UseBackend>(runtime: &RuntimeConfig, user: U) -> Result<U::Output, CliError> {
     let choice = match runtime.device {
         Device::Auto => DeviceChoice::Auto,
         Device::Cpu => DeviceChoice::Cpu,
@@ -60,14 +79,8 @@ pub(super) fn start_with(
         threads: runtime.threads,
         ..CpuOptions::default()
     };
-    let start = Start {
-        load,
-        runtime,
-        metrics,
-        began: Instant::now(),
-    };
-    let opened = backend::open(choice, cpu, CudaOptions::default(), start);
-    opened.map_err(|error| no_device(runtime.device, error))?
+    backend::open(choice, cpu, CudaOptions::default(), user)
+        .map_err(|error| no_device(runtime.device, error))
 }
 
 /// Asking for a GPU where there is none is the user's to mend.
@@ -95,23 +108,16 @@ struct Start<'a, L> {
 impl<L: FnOnce() -> Result<Checkpoint, CliError>> UseBackend for Start<'_, L> {
     type Output = Result<Running, CliError>;
 
-    fn run<B: Backend>(self, backend: B, device_bytes: Option<u64>) -> Result<Running, CliError> {
+    fn run<B: Backend>(self, backend: B, memory: Option<DeviceBytes>) -> Result<Running, CliError> {
         let runtime = self.runtime;
         let checkpoint = (self.load)()?;
         let model = served_model(&checkpoint)?;
-        let kv_format = match runtime.kv_dtype {
-            KvDType::Bf16 => KvFormat::BF16,
-            KvDType::F32 => KvFormat::F32,
-        };
-        let weight_format = weight_format(runtime.dtype);
-        warn_of_second_rounding(&checkpoint.base, weight_format);
-        let facts = facts(&checkpoint, kv_format);
-        let free = device_bytes.unwrap_or_else(memory::free_bytes);
-        let free = free.saturating_sub(weight_bytes(&checkpoint.base));
-        let config = runtime.engine(facts, free)?;
-        let options = model_options(&config, kv_format, weight_format);
+        let formats = ModelFormats::of(runtime);
+        warn_of_second_rounding(&checkpoint.base, formats.weights);
+        let (config, budget) = lay_out(&backend, memory, &checkpoint, runtime)?;
+        let options = model_options(&config, formats.kv, formats.weights);
         let routed = RoutedLlama::new(backend, &checkpoint, options)?;
-        say_what_is_loaded(&checkpoint, &config, facts, self.began);
+        say_what_is_loaded(&checkpoint, &config, &budget, self.began);
         drop(checkpoint);
         let spawned = Engine::spawn(routed, &config, self.metrics);
         let (handle, thread) = spawned.map_err(CliError::io("the engine's thread"))?;
@@ -121,6 +127,75 @@ impl<L: FnOnce() -> Result<Checkpoint, CliError>> UseBackend for Start<'_, L> {
             model,
         })
     }
+}
+
+/// What is to be checked, before the device is known.
+struct Check<'a> {
+    source: &'a ModelSource,
+    runtime: &'a RuntimeConfig,
+}
+
+impl UseBackend for Check<'_> {
+    type Output = Result<Budget, CliError>;
+
+    fn run<B: Backend>(self, backend: B, memory: Option<DeviceBytes>) -> Result<Budget, CliError> {
+        let checkpoint = load(self.source)?;
+        served_model(&checkpoint)?;
+        let (_, budget) = lay_out(&backend, memory, &checkpoint, self.runtime)?;
+        Ok(budget)
+    }
+}
+
+/// In which formats the device keeps the model.
+struct ModelFormats {
+    weights: WeightFormat,
+    kv: KvFormat,
+}
+
+impl ModelFormats {
+    fn of(runtime: &RuntimeConfig) -> Self {
+        Self {
+            weights: weight_format(runtime.dtype),
+            kv: match runtime.kv_dtype {
+                KvDType::Bf16 => KvFormat::BF16,
+                KvDType::F32 => KvFormat::F32,
+            },
+        }
+    }
+}
+
+/// Shares the device's memory out, before any of it is taken.
+fn lay_out<B: Backend>(
+    backend: &B,
+    memory: Option<DeviceBytes>,
+    checkpoint: &Checkpoint,
+    runtime: &RuntimeConfig,
+) -> Result<(EngineConfig, Budget), CliError> {
+    let ModelFormats { weights, kv } = ModelFormats::of(runtime);
+    let workspace = |positions, blocks| {
+        let options = model_options(&runtime.sized(positions, blocks), kv, weights);
+        // What cannot be counted cannot be had.
+        model::workspace_bytes(backend, checkpoint, &options).unwrap_or(u64::MAX)
+    };
+    let facts = ModelFacts {
+        context_tokens_max: context_tokens_max(&checkpoint.config),
+        kv_block_bytes: model::kv_block_bytes(backend, &checkpoint.config, kv)?,
+        weight_bytes: model::weight_bytes(backend, checkpoint, weights)?,
+        workspace_bytes: &workspace,
+    };
+    let memory = match memory {
+        Some(DeviceBytes { total, free }) => DeviceMemory::Gpu { total, free },
+        None => DeviceMemory::Host(memory::free_bytes()),
+    };
+    let (config, budget) = runtime.engine(&facts, memory)?;
+    tracing::info!(
+        weight_bytes = budget.weights,
+        workspace_bytes = budget.workspace,
+        kv_bytes = budget.kv,
+        usable_bytes = budget.usable,
+        "memory"
+    );
+    Ok((config, budget))
 }
 
 /// The files of `source`, read and checked.
@@ -181,43 +256,13 @@ pub(super) fn served_model(checkpoint: &Checkpoint) -> Result<ServedModel, CliEr
     })
 }
 
-fn facts(checkpoint: &Checkpoint, format: KvFormat) -> ModelFacts {
-    let config = &checkpoint.config;
+fn context_tokens_max(config: &LlamaConfig) -> usize {
     let positions = config.max_position_embeddings;
-    let one_block = KvShape {
-        layers: config.num_layers,
-        blocks: 1,
-        kv_heads: config.num_kv_heads,
-        head_size: config.head_dim,
-        format,
-    };
-    ModelFacts {
-        context_tokens_max: match config.rope_scaling {
-            // Made to be stretched when a context passes the trained one.
-            RopeScaling::Dynamic { factor, .. } => (positions as f64 * factor) as usize,
-            _ => positions,
-        },
-        kv_block_bytes: one_block.block_bytes(),
+    match config.rope_scaling {
+        // Made to be stretched when a context passes the trained one.
+        RopeScaling::Dynamic { factor, .. } => (positions as f64 * factor) as usize,
+        _ => positions,
     }
-}
-
-fn weight_bytes(base: &BaseTensors) -> u64 {
-    let layers = base.layers.iter().flat_map(|layer| {
-        [
-            &layer.q_proj,
-            &layer.k_proj,
-            &layer.v_proj,
-            &layer.o_proj,
-            &layer.gate_proj,
-            &layer.up_proj,
-            &layer.down_proj,
-        ]
-    });
-    let ends = [Some(&base.embed_tokens), base.lm_head.as_ref()];
-    layers
-        .chain(ends.into_iter().flatten())
-        .map(|tensor| tensor.bytes().len() as u64)
-        .sum()
 }
 
 /// What a flag means to a backend.
@@ -251,11 +296,9 @@ fn warn_of_second_rounding(base: &BaseTensors, format: WeightFormat) {
 fn say_what_is_loaded(
     checkpoint: &Checkpoint,
     config: &EngineConfig,
-    facts: ModelFacts,
+    budget: &Budget,
     began: Instant,
 ) {
-    let kv_tokens = config.kv_blocks * BLOCK_TOKENS;
-    let kv_bytes = config.kv_blocks as u64 * facts.kv_block_bytes as u64;
     tracing::info!(
         layers = checkpoint.config.num_layers,
         experts = checkpoint.experts.is_some(),
@@ -265,17 +308,16 @@ fn say_what_is_loaded(
         "model loaded"
     );
     tracing::info!(
-        kv_tokens,
+        kv_tokens = budget.kv_tokens,
         kv_blocks = config.kv_blocks,
-        kv_bytes,
         sequences_max = config.sequences_max,
         batch_tokens_max = config.batch_tokens_max,
         prefix_cache = config.prefix_cache,
         "K/V cache"
     );
-    if kv_tokens < config.context_tokens_max {
+    if budget.kv_tokens < config.context_tokens_max as u64 {
         tracing::warn!(
-            kv_tokens,
+            kv_tokens = budget.kv_tokens,
             context_tokens = config.context_tokens_max,
             "the K/V cache is smaller than one full context: longer requests are refused; see kv_cache_tokens"
         );

@@ -2,9 +2,6 @@
 
 use std::fs;
 
-/// Where the system does not say.
-const UNKNOWN_BYTES: u64 = 4 << 30;
-
 /// Where control groups say what they may take, take, and take for cached files: version 2, version 1.
 const GROUPS: [[&str; 3]; 2] = [
     [
@@ -19,8 +16,8 @@ const GROUPS: [[&str; 3]; 2] = [
     ],
 ];
 
-/// The least of what the machine has available and what this process' control group has left.
-pub(super) fn free_bytes() -> u64 {
+/// The least of what the machine has available and what this process' control group has left; `None` where the system does not say.
+pub(super) fn free_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| available(&text));
@@ -30,11 +27,7 @@ pub(super) fn free_bytes() -> u64 {
         let statistics = fs::read_to_string(statistics).unwrap_or_default();
         Some(left(limit, usage, &statistics))
     });
-    machine
-        .into_iter()
-        .chain(group)
-        .min()
-        .unwrap_or(UNKNOWN_BYTES)
+    machine.into_iter().chain(group).min()
 }
 
 /// Of a control group. Cached files (the model's own, for one) count as used there, but give way.

@@ -58,6 +58,7 @@ Examples:
   midpo serve --model Llama-2-7b --safety S --helpfulness H --router router.pth
   midpo serve --model model.gguf --host 0.0.0.0 --api-key-file keys.toml
   midpo serve --model packed --max-model-len 4096 --kv-cache-bytes 4GiB
+  midpo serve --model packed --check                   how much memory that takes
   MIDPO_PORT=8080 midpo serve --config midpo.toml
 
 Then:
@@ -186,7 +187,7 @@ fn try_run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode, Cl
         .map_or(&matches, |(_, matches)| matches);
     let sources = || Sources::new(&program, arguments, cli.config.as_deref());
     match cli.command {
-        Command::Serve(_) => serve::run(&ServeOptions::load(&sources()?)?),
+        Command::Serve(options) => serve::run(&options.load(&sources()?)?),
         Command::Chat(_) => chat::run(&ChatOptions::load(&sources()?)?),
         Command::Convert(options) => convert::run(&options.load(&sources()?)?),
         Command::Train(args) => train::run(&args, arguments),

@@ -17,6 +17,9 @@ use crate::server::{self, AppState, Ended};
 pub(super) fn run(options: &ServeOptions) -> Result<ExitCode, CliError> {
     let config = options.validate()?;
     logging::start(&options.log)?;
+    if options.check {
+        return check(&config);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -25,6 +28,14 @@ pub(super) fn run(options: &ServeOptions) -> Result<ExitCode, CliError> {
     // A tokenisation that is still running must not hold the process back.
     runtime.shutdown_background();
     code
+}
+
+/// Prints the memory's budget.
+fn check(config: &ServeConfig) -> Result<ExitCode, CliError> {
+    let budget = engine::check(&config.model, &config.runtime)?;
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{budget}").map_err(CliError::io("standard output"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn serve(config: ServeConfig) -> Result<ExitCode, CliError> {

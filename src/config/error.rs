@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::budget::Shortfall;
+
 /// Names the flag, variable or key, what was expected and what came.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -49,6 +51,9 @@ pub enum ConfigError {
         /// What came.
         found: String,
     },
+    /// A model that the device's memory is too small for.
+    #[error("memory: {0}")]
+    Memory(Box<Shortfall>),
     /// A value that cannot be used, in the words of whoever tried to read it.
     #[error("{origin}: `{key}`: {reason}")]
     Invalid {

@@ -110,10 +110,12 @@ pub(super) fn layered<G: Group>(
 }
 
 impl ServeOptions {
+    /// `check` is about what one run does, so it is a flag only.
     /// # Errors
     /// As [`Sources::group`].
-    pub fn load(sources: &Sources<'_>) -> Result<Self, ConfigError> {
+    pub fn load(self, sources: &Sources<'_>) -> Result<Self, ConfigError> {
         Ok(Self {
+            check: self.check,
             model: sources.group()?,
             engine: sources.group()?,
             server: sources.group()?,
@@ -318,7 +320,8 @@ mod tests {
             check_file(&file, &keys())?;
         }
         let file = toml.map(|_| file);
-        let options = ServeOptions::load(&Sources {
+        let written = ServeOptions::from_arg_matches(&matches).map_err(Box::new)?;
+        let options = written.load(&Sources {
             matches: &matches,
             file,
         });

@@ -1,6 +1,7 @@
 //! Typed configuration: flags > environment > file > defaults, validated once into values that need no second look.
 
 mod api_keys;
+mod budget;
 mod error;
 mod load;
 mod options;
@@ -9,13 +10,14 @@ pub mod train;
 mod validate;
 mod values;
 
+pub use budget::{Budget, DeviceMemory, ModelFacts, Remedy, Shortfall};
 pub use error::ConfigError;
 pub use load::{Group, Sources, without_empty_variables};
 pub use options::{
     ChatOptions, ConvertOptions, EngineOptions, HealthOptions, LimitOptions, LogOptions,
     ModelOptions, PolicyOptions, ServeOptions, ServerOptions, TalkOptions,
 };
-pub use validate::{DEMO_NAME, KvBudget, ModelFacts, RuntimeConfig, ServeConfig};
+pub use validate::{DEMO_NAME, KvBudget, RuntimeConfig, ServeConfig};
 pub use values::{
     ByteSize, Device, KvDType, LogFormat, Secret, TimeSpan, VariantName, WeightDType,
 };

@@ -31,6 +31,9 @@ pub struct ServeOptions {
     /// What is logged.
     #[command(flatten)]
     pub log: LogOptions,
+    /// Do not serve: read the model's files, print how much memory it takes, and exit; with an error where it does not fit.
+    #[arg(long)]
+    pub check: bool,
 }
 
 /// `midpo chat`.
@@ -143,12 +146,21 @@ pub struct EngineOptions {
     /// Most tokens of prompt and answer together; by default what the model was made for. Shorter saves K/V cache.
     #[arg(long, env = "MIDPO_MAX_MODEL_LEN", value_name = "TOKENS")]
     pub max_model_len: Option<u32>,
-    /// Size of the K/V cache in tokens, over all sequences. By default it is taken from the memory that is free at start.
+    /// Size of the K/V cache in tokens, over all sequences. By default it is taken from the memory that is free at start: a quarter,
+    /// 2 GiB at most; on a GPU all that weights and workspace leave.
     #[arg(long, env = "MIDPO_KV_CACHE_TOKENS", value_name = "TOKENS")]
     pub kv_cache_tokens: Option<u64>,
     /// Size of the K/V cache in bytes, instead of in tokens.
     #[arg(long, env = "MIDPO_KV_CACHE_BYTES", value_name = "BYTES")]
     pub kv_cache_bytes: Option<ByteSize>,
+    /// Share of a GPU's memory to use, over 0 up to 1: weights and workspace first, the K/V cache all the rest.
+    #[arg(
+        long,
+        env = "MIDPO_GPU_MEMORY_UTILIZATION",
+        default_value_t = 0.9,
+        value_name = "SHARE"
+    )]
+    pub gpu_memory_utilization: f64,
     /// Most tokens computed in one step, prefill and decode together. More is faster overall and slower to the next token.
     #[arg(
         long,

@@ -8,17 +8,11 @@ use super::api_keys::{api_keys, open_policy};
 use super::error::ConfigError;
 use super::options::{EngineOptions, ModelOptions, ServeOptions};
 use super::values::{Device, KvDType, TimeSpan, WeightDType};
-use super::{EngineConfig, ModelSource, RequestLimits, ServerConfig};
+use super::{ModelSource, RequestLimits, ServerConfig};
 use crate::types::BLOCK_TOKENS;
 
 /// Name of the embedded demo in the API.
 pub const DEMO_NAME: &str = "midpo-demo";
-/// Share of the free memory that the K/V cache takes where nobody says how much.
-const KV_MEMORY_SHARE: u64 = 4;
-/// Most bytes that the K/V cache takes where nobody says how much.
-const KV_BYTES_DEFAULT_MAX: u64 = 2 << 30;
-/// Bytes that it takes even where less seems to be free: memory is taken only as it is written.
-const KV_BYTES_DEFAULT_MIN: u64 = 64 << 20;
 /// Longest time that a flag may name: a month.
 const TIME_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 
@@ -54,6 +48,8 @@ pub struct RuntimeConfig {
     pub context_tokens_max: Option<usize>,
     /// Size of the K/V cache.
     pub kv_budget: KvBudget,
+    /// Share of a GPU's memory to use.
+    pub gpu_memory_utilization: f64,
     /// Most tokens in a step.
     pub batch_tokens_max: usize,
     /// Longest step that decodes.
@@ -75,15 +71,6 @@ pub enum KvBudget {
     Tokens(u64),
     /// Bytes.
     Bytes(u64),
-}
-
-/// What [`RuntimeConfig::engine`] must know of a loaded model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ModelFacts {
-    /// Positions that the model can tell apart.
-    pub context_tokens_max: usize,
-    /// Bytes of one block of the K/V cache over all layers.
-    pub kv_block_bytes: usize,
 }
 
 impl ServeOptions {
@@ -204,61 +191,13 @@ impl EngineOptions {
             threads: threads.transpose()?.map(|n| n as usize),
             context_tokens_max: context.transpose()?.map(|n| n as usize),
             kv_budget,
+            gpu_memory_utilization: share("gpu_memory_utilization", self.gpu_memory_utilization)?,
             batch_tokens_max: within("batch_tokens_max", self.batch_tokens_max, 1, 1 << 16)?
                 as usize,
             step_time_max: time("step_time_max", self.step_time_max)?,
             sequences_max: within("sequences_max", self.sequences_max, 1, 1 << 12)? as usize,
             queue_max: within("queue_max", self.queue_max, 1, 1 << 16)? as usize,
             prefix_cache: !self.no_prefix_cache,
-        })
-    }
-}
-
-impl RuntimeConfig {
-    /// The engine's configuration for a model; `free_bytes` is the memory that the device has left.
-    /// # Errors
-    /// A context longer than the model's, or a cache of less than one block.
-    pub fn engine(&self, model: ModelFacts, free_bytes: u64) -> Result<EngineConfig, ConfigError> {
-        let own = model.context_tokens_max;
-        let context_tokens_max = self.context_tokens_max.unwrap_or(own);
-        if context_tokens_max > own {
-            let expected = format!("at most the model's own {own} tokens");
-            return Err(ConfigError::flag(
-                "max_model_len",
-                expected,
-                context_tokens_max,
-            ));
-        }
-        let block_bytes = model.kv_block_bytes.max(1) as u64;
-        let full = (context_tokens_max as u64).div_ceil(BLOCK_TOKENS as u64);
-        let blocks = match self.kv_budget {
-            KvBudget::Tokens(tokens) => tokens / BLOCK_TOKENS as u64,
-            KvBudget::Bytes(bytes) => bytes / block_bytes,
-            KvBudget::Auto => {
-                let bytes = (free_bytes / KV_MEMORY_SHARE)
-                    .clamp(KV_BYTES_DEFAULT_MIN, KV_BYTES_DEFAULT_MAX);
-                let most = full.saturating_mul(self.sequences_max as u64);
-                (bytes / block_bytes).min(most)
-            }
-        };
-        if blocks == 0 {
-            let expected =
-                format!("at least one block of {BLOCK_TOKENS} tokens, {block_bytes} bytes");
-            let found = format!("{:?} with {free_bytes} bytes free", self.kv_budget);
-            return Err(ConfigError::flag("kv_cache_bytes", expected, found));
-        }
-        let kv_blocks = u32::try_from(blocks).map_err(|_| {
-            let expected = format!("at most {} blocks", u32::MAX);
-            ConfigError::flag("kv_cache_tokens", expected, blocks)
-        })?;
-        Ok(EngineConfig {
-            batch_tokens_max: self.batch_tokens_max,
-            step_time_max: self.step_time_max,
-            sequences_max: self.sequences_max,
-            queue_max: self.queue_max,
-            context_tokens_max,
-            kv_blocks: kv_blocks as usize,
-            prefix_cache: self.prefix_cache,
         })
     }
 }
@@ -341,6 +280,13 @@ fn at_least<T: PartialOrd + ToString>(key: &str, value: T, least: T) -> Result<T
     Err(ConfigError::flag(key, expected, value))
 }
 
+fn share(key: &str, value: f64) -> Result<f64, ConfigError> {
+    if value > 0.0 && value <= 1.0 {
+        return Ok(value);
+    }
+    Err(ConfigError::flag(key, "over 0 up to 1", value))
+}
+
 fn within(key: &str, value: u32, least: u32, most: u32) -> Result<u32, ConfigError> {
     if (least..=most).contains(&value) {
         return Ok(value);
@@ -361,14 +307,6 @@ mod tests {
         let matches = command.try_get_matches_from(args).map_err(Box::new)?;
         let options = ServeOptions::from_arg_matches(&matches).map_err(Box::new)?;
         options.validate()
-    }
-
-    fn engine(args: &[&str], free_bytes: u64) -> Result<EngineConfig, ConfigError> {
-        let facts = ModelFacts {
-            context_tokens_max: 4096,
-            kv_block_bytes: 1 << 20,
-        };
-        validate(args)?.runtime.engine(facts, free_bytes)
     }
 
     #[test]
@@ -400,6 +338,14 @@ mod tests {
             ),
             (&["--batch-tokens-max", "70000"], &["--batch-tokens-max"]),
             (&["--threads", "0"], &["--threads"]),
+            (
+                &["--gpu-memory-utilization", "1.1"],
+                &["--gpu-memory-utilization", "up to 1"],
+            ),
+            (
+                &["--gpu-memory-utilization", "nan"],
+                &["--gpu-memory-utilization"],
+            ),
             (
                 &["--model", "x", "--safety", "s"],
                 &["--helpfulness", "--safety"],
@@ -454,23 +400,6 @@ mod tests {
             for word in words {
                 assert!(error.contains(word), "{args:?}: {error}");
             }
-        }
-    }
-
-    #[test]
-    fn the_cache_is_a_share_of_free_memory_unless_it_is_told_otherwise() {
-        for (args, free, blocks) in [
-            (&[][..], 4 << 30, Some(1024)),
-            (&[], 1 << 40, Some(2048)),
-            (&["--sequences-max", "1"], 1 << 40, Some(256)),
-            (&["--kv-cache-tokens", "100"], 0, Some(6)),
-            (&["--kv-cache-bytes", "10MiB"], 0, Some(10)),
-            (&["--kv-cache-bytes", "1"], 1 << 40, None),
-            (&[], 1 << 20, Some(64)),
-            (&["--max-model-len", "4097"], 1 << 40, None),
-        ] {
-            let found = engine(args, free).ok().map(|engine| engine.kv_blocks);
-            assert_eq!(found, blocks, "{args:?}");
         }
     }
 

@@ -1,38 +1,39 @@
 //! One layer of the forward pass, and the buffers between ops.
 
 use super::ModelOptions;
+use super::footprint::Store;
 use super::weights::LayerWeights;
 use crate::backend::ops::{self, Heads};
 use crate::backend::{Backend, BackendError};
 use crate::checkpoint::LlamaConfig;
 
 /// The buffers between ops, each as large as the largest step.
-pub(super) struct Activations<B: Backend> {
+pub(super) struct Activations<S: Store> {
     /// (rows, d): the residual stream.
-    pub x: B::Buffer,
+    pub x: S::Buffer,
     /// (rows, d).
-    normed: B::Buffer,
+    normed: S::Buffer,
     /// (rows, q + k + v).
-    qkv: B::Buffer,
+    qkv: S::Buffer,
     /// (rows, q).
-    attention: B::Buffer,
+    attention: S::Buffer,
     /// (rows, 2m).
-    gate_up: B::Buffer,
+    gate_up: S::Buffer,
     /// (rows, m + w): [h ; u].
-    hu: B::Buffer,
+    hu: S::Buffer,
     /// (rows, 2L).
-    pub gates: B::Buffer,
+    pub gates: S::Buffer,
     /// (logit rows, d).
-    pub head_x: B::Buffer,
+    pub head_x: S::Buffer,
     /// (logit rows, d).
-    pub head_normed: B::Buffer,
+    pub head_normed: S::Buffer,
     /// (logit rows, vocabulary).
-    pub logits: B::Buffer,
+    pub logits: S::Buffer,
 }
 
-impl<B: Backend> Activations<B> {
+impl<S: Store> Activations<S> {
     pub(super) fn new(
-        backend: &B,
+        store: &S,
         config: &LlamaConfig,
         options: &ModelOptions,
         expert_width: usize,
@@ -41,16 +42,16 @@ impl<B: Backend> Activations<B> {
         let (d, m) = (config.hidden_size, config.intermediate_size);
         let heads = heads(config);
         Ok(Self {
-            x: backend.exact_buffer(rows, d)?,
-            normed: backend.buffer(rows, d)?,
-            qkv: backend.buffer(rows, heads.qkv_width())?,
-            attention: backend.buffer(rows, heads.query * heads.size)?,
-            gate_up: backend.buffer(rows, 2 * m)?,
-            hu: backend.buffer(rows, m + expert_width)?,
-            gates: backend.exact_buffer(rows, 2 * config.num_layers)?,
-            head_x: backend.exact_buffer(logit_rows, d)?,
-            head_normed: backend.buffer(logit_rows, d)?,
-            logits: backend.exact_buffer(logit_rows, config.vocab_size)?,
+            x: store.exact_buffer(rows, d)?,
+            normed: store.buffer(rows, d)?,
+            qkv: store.buffer(rows, heads.qkv_width())?,
+            attention: store.buffer(rows, heads.query * heads.size)?,
+            gate_up: store.buffer(rows, 2 * m)?,
+            hu: store.buffer(rows, m + expert_width)?,
+            gates: store.exact_buffer(rows, 2 * config.num_layers)?,
+            head_x: store.exact_buffer(logit_rows, d)?,
+            head_normed: store.buffer(logit_rows, d)?,
+            logits: store.exact_buffer(logit_rows, config.vocab_size)?,
         })
     }
 }
@@ -67,7 +68,7 @@ pub(super) struct Place<'a, B: Backend> {
     pub rope: &'a B::Buffer,
 }
 
-fn heads(config: &LlamaConfig) -> Heads {
+pub(super) fn heads(config: &LlamaConfig) -> Heads {
     Heads {
         query: config.num_heads,
         kv: config.num_kv_heads,

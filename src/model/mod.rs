@@ -2,15 +2,17 @@
 //! at load: a forward pass allocates nothing.
 
 mod error;
+mod footprint;
 mod layer;
 mod weights;
 
 pub use error::ModelError;
+pub use footprint::{kv_block_bytes, weight_bytes, workspace_bytes};
 
 use crate::backend::{
     Backend, BackendError, KvFormat, KvShape, StepLayout, StepLimits, WeightFormat, ops,
 };
-use crate::checkpoint::{Checkpoint, LlamaConfig};
+use crate::checkpoint::{Checkpoint, LlamaConfig, rope_table};
 use crate::types::TokenId;
 use layer::Activations;
 use weights::Weights;
@@ -47,6 +49,8 @@ pub struct StepOutput<'a> {
 pub struct RoutedLlama<B: Backend> {
     backend: B,
     weights: Weights<B>,
+    /// (positions, head_dim): see [`rope_table`].
+    rope: B::Buffer,
     cache: B::KvCache,
     step: B::Step,
     activations: Activations<B>,
@@ -63,38 +67,24 @@ impl<B: Backend> RoutedLlama<B> {
     /// # Errors
     /// When the device has no room, or a tensor breaks an op's contract.
     pub fn new(
-        backend: B,
+        mut backend: B,
         checkpoint: &Checkpoint,
         options: ModelOptions,
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config.clone();
-        let kv_shape = KvShape {
-            layers: config.num_layers,
-            blocks: options.kv_blocks,
-            kv_heads: config.num_kv_heads,
-            head_size: config.head_dim,
-            format: options.kv_format,
-        };
-        let limits = StepLimits {
-            rows: options.rows,
-            logit_rows: options.logit_rows,
-            sequences: options.sequences,
-            positions: options.positions,
-            blocks: options.kv_blocks,
-            vocabulary: config.vocab_size,
-        };
-        let weights = Weights::upload(
-            &backend,
-            checkpoint,
-            options.weight_format,
-            options.positions,
-        )?;
-        let width = weights.expert_width();
+        let kv_shape = footprint::kv_shape(&config, options.kv_blocks, options.kv_format);
+        let limits = footprint::limits(&config, &options);
+        let weights = Weights::upload(&backend, checkpoint, options.weight_format)?;
+        let mut rope = backend.exact_buffer(options.positions, config.head_dim)?;
+        backend.write(&mut rope, &rope_table(&config, options.positions))?;
+        backend.reserve(&footprint::workload(checkpoint, &options))?;
+        let width = footprint::expert_width(checkpoint);
         Ok(Self {
             cache: backend.kv_cache(kv_shape)?,
             step: backend.step(limits)?,
             activations: Activations::new(&backend, &config, &options, width)?,
             weights,
+            rope,
             kv_shape,
             limits,
             routed: checkpoint.experts.is_some(),
@@ -112,6 +102,7 @@ impl<B: Backend> RoutedLlama<B> {
         let Self {
             backend,
             weights,
+            rope,
             cache,
             step,
             activations: act,
@@ -130,7 +121,7 @@ impl<B: Backend> RoutedLlama<B> {
                 index,
                 rows,
                 config,
-                rope: &weights.rope,
+                rope,
             };
             layer::forward(backend, layer, &place, step, cache, act)?;
         }

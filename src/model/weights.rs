@@ -1,54 +1,52 @@
 //! The weights, stacked as the forward pass reads them and handed to the backend.
 
 use super::ModelError;
+use super::footprint::Store;
 use crate::backend::ops::ExpertShape;
 use crate::backend::{Backend, BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::checkpoint::{
-    BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig, rope_table,
+    BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig,
 };
 use crate::dtype::{self, DType};
 
-/// All matrices of the model on the device.
-pub(super) struct Weights<B: Backend> {
+/// All matrices of the model on the device, with its norms.
+pub(super) struct Weights<S: Store> {
     /// (vocabulary, d).
-    pub embed: B::Matrix,
+    pub embed: S::Matrix,
     /// One a layer.
-    pub layers: Vec<LayerWeights<B>>,
+    pub layers: Vec<LayerWeights<S>>,
     /// (1, d).
-    pub norm: B::Buffer,
+    pub norm: S::Buffer,
     /// (vocabulary, d); `None`: the embedding.
-    pub head: Option<B::Matrix>,
-    /// (positions, head_dim): see [`rope_table`].
-    pub rope: B::Buffer,
+    pub head: Option<S::Matrix>,
 }
 
 /// The matrices of one layer.
-pub(super) struct LayerWeights<B: Backend> {
+pub(super) struct LayerWeights<S: Store> {
     /// (1, d).
-    pub input_norm: B::Buffer,
+    pub input_norm: S::Buffer,
     /// (q + k + v, d).
-    pub qkv: B::Matrix,
+    pub qkv: S::Matrix,
     /// (d, q).
-    pub output: B::Matrix,
+    pub output: S::Matrix,
     /// (1, d).
-    pub mlp_norm: B::Buffer,
+    pub mlp_norm: S::Buffer,
     /// (2m, d): gate, up.
-    pub gate_up: B::Matrix,
+    pub gate_up: S::Matrix,
     /// E (w + 2, m): A_s, A_h as the base's kind says, a, b in f32.
-    pub experts: Option<(B::Matrix, ExpertShape)>,
+    pub experts: Option<(S::Matrix, ExpertShape)>,
     /// (d, m), extended by [s_s B_s | s_h B_h] (d, w).
-    pub down: B::Matrix,
+    pub down: S::Matrix,
 }
 
-impl<B: Backend> Weights<B> {
+impl<S: Store> Weights<S> {
     pub(super) fn upload(
-        backend: &B,
+        store: &S,
         checkpoint: &Checkpoint,
         format: WeightFormat,
-        positions: usize,
     ) -> Result<Self, ModelError> {
         let uploader = Uploader {
-            backend,
+            store,
             config: &checkpoint.config,
             format,
         };
@@ -60,8 +58,6 @@ impl<B: Backend> Weights<B> {
         } = &checkpoint.base;
         let experts = checkpoint.experts.as_ref();
         let layers = layers.iter().enumerate();
-        let mut rope = backend.exact_buffer(positions, checkpoint.config.head_dim)?;
-        backend.write(&mut rope, &rope_table(&checkpoint.config, positions))?;
         Ok(Self {
             embed: uploader.outer("model.embed_tokens", embed_tokens)?,
             layers: layers
@@ -72,16 +68,11 @@ impl<B: Backend> Weights<B> {
                 .as_ref()
                 .map(|head| uploader.outer("lm_head", head))
                 .transpose()?,
-            rope,
         })
     }
+}
 
-    /// w: both ranks together, 0 without experts.
-    pub(super) fn expert_width(&self) -> usize {
-        let experts = self.layers.first().and_then(|layer| layer.experts.as_ref());
-        experts.map_or(0, |(_, shape)| shape.width())
-    }
-
+impl<B: Backend> Weights<B> {
     pub(super) fn bytes(&self) -> usize {
         let untied = self.head.as_ref().map_or(0, |_| self.embed.bytes());
         self.step_bytes() + untied
@@ -99,19 +90,19 @@ impl<B: Backend> Weights<B> {
     }
 }
 
-struct Uploader<'a, B> {
-    backend: &'a B,
+struct Uploader<'a, S> {
+    store: &'a S,
     config: &'a LlamaConfig,
     format: WeightFormat,
 }
 
-impl<B: Backend> Uploader<'_, B> {
+impl<S: Store> Uploader<'_, S> {
     fn layer(
         &self,
         index: usize,
         tensors: &LayerTensors,
         experts: Option<&Experts>,
-    ) -> Result<LayerWeights<B>, ModelError> {
+    ) -> Result<LayerWeights<S>, ModelError> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let LayerTensors {
             q_proj,
@@ -162,7 +153,7 @@ impl<B: Backend> Uploader<'_, B> {
         experts: &Experts,
         index: usize,
         kept: DType,
-    ) -> Result<(B::Matrix, ExpertShape), ModelError> {
+    ) -> Result<(S::Matrix, ExpertShape), ModelError> {
         let Experts {
             safety,
             helpfulness,
@@ -186,12 +177,12 @@ impl<B: Backend> Uploader<'_, B> {
             safety_bias: gates.safety.bias,
             helpfulness_bias: gates.helpfulness.bias,
         };
-        let matrix = self.backend.experts(lora_a.host(), gate_rows.host());
+        let matrix = self.store.experts(lora_a.host(), gate_rows.host());
         Ok((matrix.map_err(|source| weights_error(name, source))?, shape))
     }
 
     /// Embedding or head.
-    fn outer(&self, name: &str, tensor: &HostTensor) -> Result<B::Matrix, ModelError> {
+    fn outer(&self, name: &str, tensor: &HostTensor) -> Result<S::Matrix, ModelError> {
         let format = match self.format {
             WeightFormat::Block(block) => WeightFormat::Block(block.outer()),
             format => format,
@@ -205,7 +196,7 @@ impl<B: Backend> Uploader<'_, B> {
         name: &str,
         parts: &[&HostTensor],
         extension: Option<HostMatrix<'_>>,
-    ) -> Result<B::Matrix, ModelError> {
+    ) -> Result<S::Matrix, ModelError> {
         let parts: Vec<HostMatrix<'_>> = parts
             .iter()
             .map(|tensor| HostMatrix {
@@ -215,14 +206,14 @@ impl<B: Backend> Uploader<'_, B> {
                 bytes: tensor.bytes(),
             })
             .collect();
-        let matrix = self.backend.matrix(&parts, extension, self.format);
+        let matrix = self.store.matrix(&parts, extension, self.format);
         matrix.map_err(|source| weights_error(name, source))
     }
 
-    fn vector(&self, tensor: &HostTensor) -> Result<B::Buffer, ModelError> {
+    fn vector(&self, tensor: &HostTensor) -> Result<S::Buffer, ModelError> {
         let values = tensor.to_f32();
-        let mut buffer = self.backend.exact_buffer(1, values.len())?;
-        self.backend.write(&mut buffer, &values)?;
+        let mut buffer = self.store.exact_buffer(1, values.len())?;
+        self.store.write(&mut buffer, &values)?;
         Ok(buffer)
     }
 }

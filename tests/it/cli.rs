@@ -246,6 +246,10 @@ fn what_the_user_wrote_wrongly_ends_with_code_2_and_names_it() {
             &["--max-model-len", "at most"],
         ),
         (
+            &["serve", "--check", "--kv-cache-bytes", "1000TiB"],
+            &["memory: weights", "may be used", "--kv-cache-tokens"],
+        ),
+        (
             &["chat", "--variant", "bass"],
             &["--variant", "bass", "routed"],
         ),
@@ -268,6 +272,35 @@ fn what_the_user_wrote_wrongly_ends_with_code_2_and_names_it() {
         }
         assert!(output.stdout.is_empty(), "{args:?}");
     }
+}
+
+#[test]
+fn serve_check_prints_where_the_memory_goes_and_serves_nothing() {
+    // A port that cannot be had: nothing is bound.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let model = fixture("tiny-gqa");
+    for args in [&[][..], &["--model", &model]] {
+        let check = ["serve", "--check", "--device", "cpu", "--port", &port];
+        let output = run(&[&check[..], &["--kv-cache-tokens", "1600"], args].concat());
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {error}");
+        let told = text(&output.stdout);
+        for words in [
+            "weights ",
+            "workspace ",
+            "1600 tokens",
+            "together ",
+            "may be used ",
+        ] {
+            assert!(
+                told.contains(words),
+                "{args:?}: expected {words} in: {told}"
+            );
+        }
+    }
+    let missing = run(&["serve", "--check", "--model", "no-such-model"]);
+    assert_eq!(missing.status.code(), Some(1));
 }
 
 #[test]

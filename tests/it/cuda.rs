@@ -9,6 +9,7 @@
 // The emulation runs what a device would: raw addresses.
 #![allow(unsafe_code)]
 
+mod memory;
 mod sample;
 
 use cuda_emu::{Memory, Schedule};
@@ -79,6 +80,14 @@ impl Driver for TestDriver {
             Self::Emulated(_) => Ok(TestMemory::Emulated(Memory::new(bytes))),
             #[cfg(feature = "cuda")]
             Self::Gpu(gpu) => gpu.allocate(what, bytes).map(TestMemory::Gpu),
+        }
+    }
+
+    fn occupied(&self, bytes: usize) -> usize {
+        match self {
+            Self::Emulated(_) => bytes,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.occupied(bytes),
         }
     }
 

@@ -34,7 +34,7 @@ fn fixture(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn load(name: &str, experts: bool) -> Checkpoint {
+pub(crate) fn load(name: &str, experts: bool) -> Checkpoint {
     let dir = fixture(name);
     let part = |part: &str| experts.then(|| dir.join(part));
     let sources = Sources {

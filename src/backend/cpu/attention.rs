@@ -14,7 +14,7 @@ use super::memory::{Arena, Memory};
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, exp, largest, load_some, store_some, sum};
 use crate::backend::ops::Heads;
-use crate::backend::{BackendError, HostSequence, HostStep, KvFormat, KvShape};
+use crate::backend::{BackendError, HostSequence, HostStep, KvFormat, KvShape, StepLimits};
 use crate::types::{BLOCK_TOKENS, BlockId};
 
 /// Positions in a split.
@@ -129,10 +129,26 @@ pub struct Unit {
     pub splits: usize,
 }
 
+/// Rows of a unit.
+fn tile(heads: Heads) -> usize {
+    (QUERIES / (heads.query / heads.kv)).max(1)
+}
+
+/// Units of any step within `limits`, at most.
+pub fn units_max(limits: &StepLimits, heads: Heads) -> usize {
+    // Of each sequence one unit may be short.
+    (limits.rows / tile(heads) + limits.sequences_in_a_step()) * heads.kv
+}
+
+/// Splits of any unit within `limits`, at most.
+pub fn splits_max(limits: &StepLimits) -> usize {
+    limits.positions.div_ceil(SPLIT)
+}
+
 /// Cuts a step into units, long ones first within a sequence; reuses the room of `units`.
 pub fn units(step: &HostStep, heads: Heads, units: &mut Vec<Unit>) {
     units.clear();
-    let tile = (QUERIES / (heads.query / heads.kv)).max(1);
+    let tile = tile(heads);
     for (index, sequence) in step.sequences().enumerate() {
         for first in (0..sequence.rows).step_by(tile).rev() {
             let rows = tile.min(sequence.rows - first);
@@ -168,19 +184,30 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// Bytes of all four.
+    pub fn bytes(heads: Heads) -> usize {
+        Self::lens(heads).iter().sum::<usize>() * size_of::<f32>()
+    }
+
+    fn lens(heads: Heads) -> [usize; 4] {
+        let queries = queries_max(heads);
+        let partial = partial_len(heads);
+        // The mixture of sixteen outputs is stored whole even if fewer are left.
+        [queries * heads.size, queries * SPLIT, partial, partial]
+    }
+
     /// Makes room for these heads; does nothing from the second call on.
     pub fn reserve(&mut self, heads: Heads) {
-        let queries = queries_max(heads);
         let grow = |room: &mut Vec<f32>, len: usize| {
             if room.len() < len {
                 room.resize(len, 0.0);
             }
         };
-        // The mixture of sixteen outputs is stored whole even if fewer are left.
-        grow(&mut self.q, queries * heads.size);
-        grow(&mut self.scores, queries * SPLIT);
-        grow(&mut self.partial, partial_len(heads));
-        grow(&mut self.merged, partial_len(heads));
+        let [q, scores, partial, merged] = Self::lens(heads);
+        grow(&mut self.q, q);
+        grow(&mut self.scores, scores);
+        grow(&mut self.partial, partial);
+        grow(&mut self.merged, merged);
     }
 }
 

@@ -62,6 +62,11 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// Bytes of both.
+    pub fn bytes(outputs: usize) -> usize {
+        2 * ROWS * outputs * size_of::<f32>()
+    }
+
     /// Makes room for E's outputs; does nothing from the second call on.
     pub fn reserve(&mut self, outputs: usize) {
         if self.z.len() < ROWS * outputs {
@@ -102,10 +107,15 @@ impl Kernel for Mix<'_> {
     }
 }
 
+/// Splits of `m` inputs.
+pub fn splits(m: usize) -> usize {
+    m.div_ceil(SPLIT)
+}
+
 impl Context<'_> {
     /// Splits of m.
     pub fn splits(&self) -> usize {
-        self.m.div_ceil(SPLIT)
+        splits(self.m)
     }
 
     fn inputs(&self, split: usize) -> Range<usize> {

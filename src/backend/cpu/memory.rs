@@ -44,6 +44,11 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
+/// What [`Arena::zeroed`] takes for so many bytes.
+pub const fn occupied(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGN)
+}
+
 impl Arena {
     /// `len` zeros for `what`.
     ///

@@ -21,6 +21,7 @@ mod norm;
 mod pack;
 mod pool;
 mod quant;
+mod rooms;
 mod scalar;
 mod simd;
 
@@ -33,11 +34,12 @@ use super::ops::{
 };
 use super::{
     Backend, BackendError, HostMatrix, HostStep, KvShape, Matrix, Shaped, StepLayout, StepLimits,
-    WeightFormat,
+    WeightFormat, Workload,
 };
 use gemm::{FEW_ROWS, Multiply, Product};
-use memory::{Arena, Memory};
+use memory::{Arena, Memory, occupied};
 use pool::{Parts, Pool};
+use rooms::Rooms;
 use simd::Level;
 
 pub use attention::KvMemory;
@@ -69,7 +71,7 @@ struct Scratch {
     experts: experts::Scratch,
 }
 
-/// Room for what chunks leave for a later pass. Grows in the first steps, then stays.
+/// Room for what chunks leave for a later pass: made by `reserve`, or grows in the first steps.
 #[derive(Default)]
 struct Shared {
     units: Vec<attention::Unit>,
@@ -236,6 +238,20 @@ impl Backend for Cpu {
         PackedMatrix::pack(&self.pool, &mut arena, parts, extension, format)
     }
 
+    fn matrix_bytes(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<usize, BackendError> {
+        PackedMatrix::bytes_of(parts, extension, format).map(occupied)
+    }
+
+    fn buffer_bytes(&self, rows: usize, width: usize) -> usize {
+        let bytes = rows.saturating_mul(width).saturating_mul(size_of::<f32>());
+        occupied(bytes)
+    }
+
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer, BackendError> {
         let len = rows.saturating_mul(width);
         Ok(Buffer {
@@ -258,6 +274,22 @@ impl Backend for Cpu {
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvMemory, BackendError> {
         KvMemory::new(&mut self.arena.borrow_mut(), shape)
+    }
+
+    fn reserve(&mut self, work: &Workload) -> Result<(), BackendError> {
+        let rooms = Rooms::new(work, self.pool.threads());
+        for scratch in &mut self.scratch {
+            let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
+            scratch.attention.reserve(work.heads);
+            scratch.experts.reserve(rooms.expert_outputs);
+        }
+        self.shared.reserve(&rooms);
+        Ok(())
+    }
+
+    fn workspace_bytes(&self, work: &Workload) -> usize {
+        let rooms = Rooms::new(work, self.pool.threads());
+        HostStep::bytes(&work.limits) + rooms.bytes()
     }
 
     fn step(&self, limits: StepLimits) -> Result<HostStep, BackendError> {

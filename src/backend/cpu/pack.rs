@@ -49,6 +49,10 @@ impl Format {
         }
     }
 
+    fn of_extension(extension: Option<&HostMatrix<'_>>) -> Self {
+        extension.map_or(Self::F32, |extension| Self::of(extension.dtype))
+    }
+
     #[inline(always)]
     fn panel_bytes(self, inputs: usize, lanes: usize) -> usize {
         match self {
@@ -72,6 +76,57 @@ pub struct Panel {
     at: usize,
     /// Where its extension starts.
     extension_at: usize,
+}
+
+/// Where the panels of a matrix lie.
+struct Layout {
+    panels: Vec<Panel>,
+    /// Part and row in it where each panel begins.
+    sources: Vec<(usize, usize)>,
+    /// All of it.
+    bytes: usize,
+}
+
+impl Layout {
+    /// `parts` and `extension` have passed `bind_parts`.
+    fn new(
+        parts: &[HostMatrix<'_>],
+        extension: Option<&HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Self {
+        let inputs = parts.first().map_or(0, |part| part.cols);
+        let extension_format = Format::of_extension(extension);
+        let extension_inputs = extension.map_or(0, |extension| extension.cols);
+        let mut panels = Vec::new();
+        let mut sources = Vec::new();
+        let (mut first, mut end) = (0, 0);
+        for (index, part) in parts.iter().enumerate() {
+            let format = Format::of(format.kept(part.dtype, inputs));
+            for row in (0..part.rows).step_by(LANES) {
+                let lanes = LANES.min(part.rows - row);
+                let at = end;
+                // No overflow: `bind_parts` saw all these weights in memory, and repacking at most quadruples a size.
+                let extension_at = at + format.panel_bytes(inputs, lanes);
+                let extension_at = extension_at.next_multiple_of(ALIGN);
+                let extension_bytes = extension_format.panel_bytes(extension_inputs, lanes);
+                end = (extension_at + extension_bytes).next_multiple_of(ALIGN);
+                sources.push((index, row));
+                panels.push(Panel {
+                    first,
+                    lanes,
+                    format,
+                    at,
+                    extension_at,
+                });
+                first += lanes;
+            }
+        }
+        Self {
+            panels,
+            sources,
+            bytes: end + SLACK,
+        }
+    }
 }
 
 /// A matrix in panels.
@@ -105,6 +160,16 @@ impl Matrix for PackedMatrix {
 }
 
 impl PackedMatrix {
+    /// What [`Self::pack`] asks for.
+    pub fn bytes_of(
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<usize, BackendError> {
+        bind_parts(parts, extension.as_ref())?;
+        Ok(Layout::new(parts, extension.as_ref(), format).bytes)
+    }
+
     /// Stacks `parts` and packs them in parallel, one panel a chunk. Packing the same parts twice gives the same bytes.
     pub fn pack(
         pool: &Pool,
@@ -114,35 +179,13 @@ impl PackedMatrix {
         format: WeightFormat,
     ) -> Result<Self, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
-        let extension_format = match &extension {
-            Some(extension) => Format::of(extension.dtype),
-            None => Format::F32,
-        };
-        let mut panels = Vec::with_capacity(outputs / LANES + parts.len());
-        let mut sources = Vec::with_capacity(panels.capacity());
-        let (mut first, mut end) = (0, 0);
-        for (index, part) in parts.iter().enumerate() {
-            let format = Format::of(format.kept(part.dtype, inputs));
-            for row in (0..part.rows).step_by(LANES) {
-                let lanes = LANES.min(part.rows - row);
-                let at = end;
-                // No overflow: `bind_parts` saw all these weights in memory, and repacking at most quadruples a size.
-                let extension_at = at + format.panel_bytes(inputs, lanes);
-                let extension_at = extension_at.next_multiple_of(ALIGN);
-                let extension_bytes = extension_format.panel_bytes(extension_inputs, lanes);
-                end = (extension_at + extension_bytes).next_multiple_of(ALIGN);
-                sources.push((index, row));
-                panels.push(Panel {
-                    first,
-                    lanes,
-                    format,
-                    at,
-                    extension_at,
-                });
-                first += lanes;
-            }
-        }
-        let mut bytes = arena.zeroed::<u8>("weights", end + SLACK)?;
+        let extension_format = Format::of_extension(extension.as_ref());
+        let Layout {
+            panels,
+            sources,
+            bytes,
+        } = Layout::new(parts, extension.as_ref(), format);
+        let mut bytes = arena.zeroed::<u8>("weights", bytes)?;
         let out = Parts::new(&mut bytes);
         pool.for_each(panels.len(), &|_, i| {
             let (panel, (part, row)) = (&panels[i], sources[i]);

@@ -1,11 +1,12 @@
 //! `kernels/attention_decode.cu` for sequences with one row in the step, `kernels/attention_prefill.cu` for the others.
 
 use super::driver::{Driver, Kernel, kernel};
+use super::ops::Heads;
 use super::tiles::{
     DECODE_HEADS, DECODE_SPLIT, DECODE_WARPS, HEAD_SIZE_MAX, KV_BLOCK, MERGE_WARPS,
     PREFILL_POSITIONS, PREFILL_ROWS, PREFILL_THREADS, WARP,
 };
-use super::{Arg, Attention, BackendError, Cuda, bind_heads, int};
+use super::{Arg, Attention, BackendError, Cuda, StepLimits, bind_heads, int};
 
 /// Kernels for heads of up to so many numbers.
 struct Instance {
@@ -50,6 +51,12 @@ impl Instance {
 /// Numbers that a split leaves for each head: its part of out, the highest score, the total.
 const PARTIAL: usize = HEAD_SIZE_MAX + 2;
 
+/// Bytes that splits leave for the merge, for all steps within `limits`.
+pub(super) fn partial_bytes(limits: &StepLimits, heads: Heads) -> usize {
+    let splits = limits.positions.div_ceil(DECODE_SPLIT);
+    limits.sequences_in_a_step() * splits * heads.query * PARTIAL * 4
+}
+
 pub(super) fn attention<D: Driver>(
     cuda: &mut Cuda<D>,
     args: &Attention<'_, Cuda<D>>,
@@ -92,8 +99,7 @@ fn decode<D: Driver>(
     }
     let (heads, limits) = (args.heads, args.step.host().limits());
     let splits = rows.longest.div_ceil(DECODE_SPLIT);
-    let most = limits.sequences.min(limits.rows) * limits.positions.div_ceil(DECODE_SPLIT);
-    let bytes = most * heads.query * PARTIAL * 4;
+    let bytes = partial_bytes(limits, heads);
     let partials = cuda.attention_partials.reserve(&cuda.driver, bytes)?;
     let driver = &cuda.driver;
     let (k, v) = args.cache.layer(driver, args.layer);

@@ -110,6 +110,9 @@ pub trait Driver: Send + 'static {
     /// [`BackendError::OutOfMemory`].
     fn allocate(&self, what: &str, bytes: usize) -> Result<Self::Memory, BackendError>;
 
+    /// What an allocation of `bytes` takes of the device's memory.
+    fn occupied(&self, bytes: usize) -> usize;
+
     /// Where `memory` begins.
     fn address(&self, memory: &Self::Memory) -> u64;
 

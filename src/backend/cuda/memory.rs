@@ -68,15 +68,19 @@ impl<D: Driver> Shaped for Buffer<D> {
 }
 
 impl<D: Driver> Buffer<D> {
+    /// What [`Self::new`] asks of the device.
+    pub(super) fn bytes(rows: usize, width: usize, kept: Kept) -> usize {
+        rows.saturating_mul(padded(width))
+            .saturating_mul(kept.bytes())
+    }
+
     pub(super) fn new(
         driver: &D,
         rows: usize,
         width: usize,
         kept: Kept,
     ) -> Result<Self, BackendError> {
-        let bytes = rows
-            .saturating_mul(padded(width))
-            .saturating_mul(kept.bytes());
+        let bytes = Self::bytes(rows, width, kept);
         let mut memory = driver.allocate("a buffer", bytes)?;
         driver.zero(&mut memory)?;
         Ok(Self {
@@ -279,6 +283,18 @@ impl<D: Driver> DeviceMatrix<D> {
     }
 }
 
+/// What [`upload`] asks of the device.
+pub(super) fn matrix_bytes(
+    parts: &[HostMatrix<'_>],
+    extension: Option<&HostMatrix<'_>>,
+    kept: Kept,
+) -> usize {
+    let rows: usize = parts.iter().map(|part| part.rows).sum();
+    let inputs = parts.first().map_or(0, |part| part.cols);
+    let row = padded(inputs + extension.map_or(0, |x| x.cols));
+    rows.saturating_mul(row).saturating_mul(kept.bytes())
+}
+
 /// `parts` stacked, `extension` behind their columns, as `kept` says.
 fn upload<D: Driver>(
     driver: &D,
@@ -286,12 +302,12 @@ fn upload<D: Driver>(
     extension: Option<&HostMatrix<'_>>,
     kept: Kept,
 ) -> Result<D::Memory, BackendError> {
-    let rows: usize = parts.iter().map(|part| part.rows).sum();
     let inputs = parts.first().map_or(0, |part| part.cols);
     let width = inputs + extension.map_or(0, |x| x.cols);
     let row_bytes = padded(width) * kept.bytes();
-    let mut memory = driver.allocate("a matrix", rows.saturating_mul(row_bytes))?;
-    let mut bytes = Vec::with_capacity(UPLOAD_BYTES.min(rows * row_bytes));
+    let all_bytes = matrix_bytes(parts, extension, kept);
+    let mut memory = driver.allocate("a matrix", all_bytes)?;
+    let mut bytes = Vec::with_capacity(UPLOAD_BYTES.min(all_bytes));
     let mut widened = vec![0.0; width];
     let mut done = 0;
     let stacked = parts

@@ -2,13 +2,40 @@
 
 use super::driver::{Driver, kernel};
 use super::tiles::{MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP};
-use super::{Arg, BackendError, Cuda, SiluMulExpertMix, int, unsupported};
+use super::{Arg, BackendError, Cuda, SiluMulExpertMix, StepLimits, Workload, int, unsupported};
 
 /// `sizeof(MixShared<T>)`: h and A in rows that are 16 bytes longer than they are, a product a warp, gates, the flag of the last block.
 const SHARED_BYTES: usize = (MIX_ROWS + MIX_WIDTH) * (MIX_COLS + 8) * 2
     + MIX_THREADS / WARP * MIX_ROWS * MIX_WIDTH * 4
     + MIX_ROWS * 2 * 4
     + 4;
+
+/// Bytes beside the operands.
+#[derive(Default)]
+pub(super) struct Rooms {
+    /// Sums of each block.
+    pub(super) partials: usize,
+    /// Counters of the blocks that have arrived.
+    pub(super) arrived: usize,
+}
+
+impl Rooms {
+    pub(super) fn of(work: &Workload) -> Self {
+        Self::new(&work.limits, work.mlp_width, work.expert_width)
+    }
+
+    /// For all steps within `limits`, h of `m` numbers and experts of `width`.
+    pub(super) fn new(limits: &StepLimits, m: usize, width: usize) -> Self {
+        if width == 0 {
+            return Self::default();
+        }
+        let tiles = limits.rows.div_ceil(MIX_ROWS);
+        Self {
+            partials: tiles * m.div_ceil(MIX_COLS) * MIX_ROWS * (width + 2) * 4,
+            arrived: tiles * 4,
+        }
+    }
+}
 
 pub(super) fn silu_mul_expert_mix<D: Driver>(
     cuda: &mut Cuda<D>,
@@ -79,16 +106,15 @@ impl ExpertOperands {
             let found = "a matrix of one storage".to_owned();
             unsupported(op, "e", "what Backend::experts makes", found)
         })?;
-        let tiles = args.step.host().limits().rows.div_ceil(MIX_ROWS);
-        let partials = tiles * splits * MIX_ROWS * (shape.width() + 2) * 4;
+        let rooms = Rooms::new(args.step.host().limits(), splits * MIX_COLS, shape.width());
         let column = args.gates.exact(driver, op, "gates")? + 8 * args.layer as u64;
         Ok(Self {
             a: e.address(driver),
             gate_rows,
             biases: [shape.safety_bias, shape.helpfulness_bias],
             gates: column,
-            partials: cuda.mix_partials.reserve(driver, partials)?,
-            arrived: cuda.mix_arrived.reserve(driver, tiles * 4)?,
+            partials: cuda.mix_partials.reserve(driver, rooms.partials)?,
+            arrived: cuda.mix_arrived.reserve(driver, rooms.arrived)?,
             width: shape.width(),
             safety_rank: shape.safety_rank,
         })

@@ -25,9 +25,11 @@ use super::ops::{
 };
 use super::{
     Backend, BackendError, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, WeightFormat,
+    Workload,
 };
 use driver::kernel;
-use memory::Kept;
+use memory::{Kept, matrix_bytes};
+use mix::Rooms;
 use sample::SampleScratch;
 use scratch::Scratch;
 use tiles::{
@@ -66,6 +68,10 @@ impl<D: Driver> Cuda<D> {
             attention_partials: Scratch::new("partial sums of attention"),
             sample: SampleScratch::new(),
         }
+    }
+
+    fn activations(&self) -> Kept {
+        Kept::Activations(self.options.storage)
     }
 
     fn launch(
@@ -123,6 +129,28 @@ fn unsupported(
     }
 }
 
+fn bind_weight_format(format: WeightFormat) -> Result<(), BackendError> {
+    if matches!(format, WeightFormat::Stored | WeightFormat::BF16) {
+        return Ok(());
+    }
+    let expected = "Stored or BF16: a GPU keeps weights in two bytes";
+    Err(unsupported(
+        "matrix",
+        "format",
+        expected,
+        format!("{format:?}"),
+    ))
+}
+
+fn bind_kv_format(shape: KvShape) -> Result<(), BackendError> {
+    if shape.format == KvFormat::BF16 {
+        return Ok(());
+    }
+    let found = format!("{:?}", shape.format);
+    let expected = "BF16: a GPU keeps K and V in two bytes";
+    Err(unsupported("kv_cache", "format", expected, found))
+}
+
 /// Heads that the kernels know: sizes in packs of eight up to `HEAD_SIZE_MAX`, groups that fit a tile of rows.
 fn bind_heads(op: &'static str, heads: ops::Heads) -> Result<(), BackendError> {
     if !heads.size.is_multiple_of(8) || heads.size > HEAD_SIZE_MAX {
@@ -161,15 +189,7 @@ impl<D: Driver> Backend for Cuda<D> {
         extension: Option<HostMatrix<'_>>,
         format: WeightFormat,
     ) -> Result<DeviceMatrix<D>, BackendError> {
-        if !matches!(format, WeightFormat::Stored | WeightFormat::BF16) {
-            let found = format!("{format:?}");
-            return Err(unsupported(
-                "matrix",
-                "format",
-                "Stored or BF16: a GPU keeps weights in two bytes",
-                found,
-            ));
-        }
+        bind_weight_format(format)?;
         DeviceMatrix::new(&self.driver, parts, extension, self.options.storage)
     }
 
@@ -181,9 +201,40 @@ impl<D: Driver> Backend for Cuda<D> {
         DeviceMatrix::experts(&self.driver, lora_a, gates, self.options.storage)
     }
 
+    fn matrix_bytes(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Result<usize, BackendError> {
+        bind_weight_format(format)?;
+        ops::bind_parts(parts, extension.as_ref())?;
+        let bytes = matrix_bytes(parts, extension.as_ref(), self.activations());
+        Ok(self.driver.occupied(bytes))
+    }
+
+    fn experts_bytes(
+        &self,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+    ) -> Result<usize, BackendError> {
+        let a = matrix_bytes(&[lora_a], None, self.activations());
+        let exact = matrix_bytes(&[gates], None, Kept::Exact);
+        Ok(self.driver.occupied(a) + self.driver.occupied(exact))
+    }
+
+    fn buffer_bytes(&self, rows: usize, width: usize) -> usize {
+        let bytes = Buffer::<D>::bytes(rows, width, self.activations());
+        self.driver.occupied(bytes)
+    }
+
+    fn exact_buffer_bytes(&self, rows: usize, width: usize) -> usize {
+        let bytes = Buffer::<D>::bytes(rows, width, Kept::Exact);
+        self.driver.occupied(bytes)
+    }
+
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
-        let kept = Kept::Activations(self.options.storage);
-        Buffer::new(&self.driver, rows, width, kept)
+        Buffer::new(&self.driver, rows, width, self.activations())
     }
 
     fn exact_buffer(&self, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
@@ -205,11 +256,36 @@ impl<D: Driver> Backend for Cuda<D> {
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<DeviceCache<D>, BackendError> {
-        if shape.format != KvFormat::BF16 {
-            let found = format!("{:?}", shape.format);
-            return Err(unsupported("kv_cache", "format", "BF16", found));
-        }
+        bind_kv_format(shape)?;
         DeviceCache::new(&self.driver, shape)
+    }
+
+    fn kv_block_bytes(&self, shape: KvShape) -> Result<usize, BackendError> {
+        bind_kv_format(shape)?;
+        Ok(shape.block_bytes())
+    }
+
+    fn reserve(&mut self, work: &Workload) -> Result<(), BackendError> {
+        let Rooms { partials, arrived } = Rooms::of(work);
+        let scratches = [
+            (&mut self.mix_partials, partials),
+            (&mut self.mix_arrived, arrived),
+            (
+                &mut self.attention_partials,
+                attention::partial_bytes(&work.limits, work.heads),
+            ),
+        ];
+        for (scratch, bytes) in scratches {
+            scratch.reserve(&self.driver, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn workspace_bytes(&self, work: &Workload) -> usize {
+        let Rooms { partials, arrived } = Rooms::of(work);
+        let splits = attention::partial_bytes(&work.limits, work.heads);
+        let rooms = [partials, arrived, splits].map(|bytes| self.driver.occupied(bytes));
+        DeviceStep::bytes(&self.driver, &work.limits) + rooms.iter().sum::<usize>()
     }
 
     fn step(&self, limits: StepLimits) -> Result<DeviceStep<D>, BackendError> {

@@ -37,8 +37,7 @@ struct Places {
 
 impl Places {
     fn new(limits: &StepLimits) -> Self {
-        let sequences = limits.sequences.min(limits.rows);
-        let table = limits.positions.div_ceil(BLOCK_TOKENS).min(limits.blocks);
+        let sequences = limits.sequences_in_a_step();
         let mut end = 0;
         let mut place = |words: usize| {
             let at = end;
@@ -55,7 +54,7 @@ impl Places {
             sequences: place(4 * sequences),
             rules: place(6 * sequences),
             single_rows: place(sequences),
-            blocks: place(sequences * table),
+            blocks: place(limits.blocks_in_a_step()),
             end: place(0),
         }
     }
@@ -84,21 +83,26 @@ pub(super) struct SingleRows {
 }
 
 impl<D: Driver> DeviceStep<D> {
+    /// What [`Self::new`] takes of the device.
+    pub(super) fn bytes(driver: &D, limits: &StepLimits) -> usize {
+        let lists = [list_bytes(&Places::new(limits)), tile_bytes(limits)];
+        lists.map(|bytes| driver.occupied(bytes)).iter().sum()
+    }
+
     pub(super) fn new(driver: &D, limits: StepLimits) -> Result<Self, BackendError> {
         let places = Places::new(&limits);
         Ok(Self {
             host: HostStep::new(limits),
             words: vec![0; places.end],
-            memory: driver.allocate("the lists of a step", places.end * 4)?,
+            memory: driver.allocate("the lists of a step", list_bytes(&places))?,
             places,
             single_rows: 0,
             longest: 0,
             tiles: RefCell::new(TileList {
                 tokens: None,
                 count: 0,
-                // A tile holds at least one row.
                 words: Vec::with_capacity(2 * limits.rows),
-                memory: driver.allocate("the tiles of a step", 8 * limits.rows)?,
+                memory: driver.allocate("the tiles of a step", tile_bytes(&limits))?,
             }),
         })
     }
@@ -219,6 +223,15 @@ impl<D: Driver> DeviceStep<D> {
             address: driver.address(&tiles.memory),
         })
     }
+}
+
+fn list_bytes(places: &Places) -> usize {
+    places.end * 4
+}
+
+/// Two words a tile, which holds at least one row.
+fn tile_bytes(limits: &StepLimits) -> usize {
+    2 * 4 * limits.rows
 }
 
 fn rule(rule: GateRule) -> [u32; 3] {

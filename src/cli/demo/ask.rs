@@ -50,6 +50,7 @@ impl Answerer {
             threads: threads.filter(|threads| *threads > 0),
             context_tokens_max: None,
             kv_budget: KvBudget::Auto,
+            gpu_memory_utilization: 1.0,
             batch_tokens_max: BATCH_TOKENS_MAX,
             // Nobody watches these streams.
             step_time_max: Duration::MAX,

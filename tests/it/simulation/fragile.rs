@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use midpo::backend::cpu::Cpu;
 use midpo::backend::{
-    Backend, BackendError, HostMatrix, KvShape, StepLayout, StepLimits, WeightFormat, ops,
+    Backend, BackendError, HostMatrix, KvShape, StepLayout, StepLimits, WeightFormat, Workload, ops,
 };
 
 /// What the next steps meet. Shared with the test.
@@ -65,6 +65,27 @@ impl Backend for Fragile {
         format: WeightFormat,
     ) -> Made<Self::Matrix> {
         self.inner.matrix(parts, extension, format)
+    }
+
+    fn matrix_bytes(
+        &self,
+        parts: &[HostMatrix<'_>],
+        extension: Option<HostMatrix<'_>>,
+        format: WeightFormat,
+    ) -> Made<usize> {
+        self.inner.matrix_bytes(parts, extension, format)
+    }
+
+    fn buffer_bytes(&self, rows: usize, width: usize) -> usize {
+        self.inner.buffer_bytes(rows, width)
+    }
+
+    fn reserve(&mut self, work: &Workload) -> Made<()> {
+        self.inner.reserve(work)
+    }
+
+    fn workspace_bytes(&self, work: &Workload) -> usize {
+        self.inner.workspace_bytes(work)
     }
 
     fn buffer(&self, rows: usize, width: usize) -> Made<Self::Buffer> {
