@@ -25,6 +25,8 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 /// A page of device memory, and what the driver rounds pieces up to that share one.
 const PAGE_BYTES: usize = 2 << 20;
 const PIECE_BYTES: usize = 512;
+/// Arguments of the longest kernel, and some more.
+const ARGS_MAX: usize = 24;
 /// Dynamic shared memory that every kernel may use without asking.
 const SHARED_BYTES: u32 = 48 << 10;
 
@@ -322,7 +324,14 @@ impl Driver for Device {
                 Arg::F32(x) => std::ptr::from_ref(x).cast_mut().cast(),
             }
         };
-        let mut places: Vec<_> = launch.args.iter().map(place).collect();
+        // On the stack: a step allocates nothing.
+        let mut places = [std::ptr::null_mut(); ARGS_MAX];
+        let args = launch.args.len();
+        assert!(args <= ARGS_MAX, "{} has {args} arguments", launch.kernel);
+        places
+            .iter_mut()
+            .zip(launch.args)
+            .for_each(|(to, arg)| *to = place(arg));
         let [x, y, z] = launch.grid;
         // SAFETY: the caller's promise; the driver copies the arguments before it returns.
         let started = unsafe {
@@ -332,7 +341,7 @@ impl Driver for Device {
                 (launch.threads, 1, 1),
                 launch.shared_bytes,
                 self.stream.cu_stream(),
-                &mut places,
+                &mut places[..args],
             )
         };
         started.map_err(refused(launch.kernel))

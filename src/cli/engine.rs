@@ -79,8 +79,11 @@ fn on_device<U: UseBackend>(runtime: &RuntimeConfig, user: U) -> Result<U::Outpu
         threads: runtime.threads,
         ..CpuOptions::default()
     };
-    backend::open(choice, cpu, CudaOptions::default(), user)
-        .map_err(|error| no_device(runtime.device, error))
+    let cuda = CudaOptions {
+        deterministic: runtime.deterministic,
+        ..CudaOptions::default()
+    };
+    backend::open(choice, cpu, cuda, user).map_err(|error| no_device(runtime.device, error))
 }
 
 /// Asking for a GPU where there is none is the user's to mend.

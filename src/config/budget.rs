@@ -371,6 +371,7 @@ mod tests {
             context_tokens_max: None,
             kv_budget: KvBudget::Auto,
             gpu_memory_utilization: 0.9,
+            deterministic: false,
             batch_tokens_max: 512,
             step_time_max: Duration::from_millis(200),
             sequences_max: 64,

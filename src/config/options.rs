@@ -161,6 +161,11 @@ pub struct EngineOptions {
         value_name = "SHARE"
     )]
     pub gpu_memory_utilization: f64,
+    /// On a GPU, multiply by this program's own kernels alone: slower, but each product adds in one order and is the same to the bit in
+    /// every batch. The processor always computes so.
+    #[arg(long, env = "MIDPO_DETERMINISTIC", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
+        require_equals = true, default_value_t = false, default_missing_value = "true")]
+    pub deterministic: bool,
     /// Most tokens computed in one step, prefill and decode together. More is faster overall and slower to the next token.
     #[arg(
         long,

@@ -50,6 +50,8 @@ pub struct RuntimeConfig {
     pub kv_budget: KvBudget,
     /// Share of a GPU's memory to use.
     pub gpu_memory_utilization: f64,
+    /// On a GPU, products whose bits do not depend on the batch.
+    pub deterministic: bool,
     /// Most tokens in a step.
     pub batch_tokens_max: usize,
     /// Longest step that decodes.
@@ -192,6 +194,7 @@ impl EngineOptions {
             context_tokens_max: context.transpose()?.map(|n| n as usize),
             kv_budget,
             gpu_memory_utilization: share("gpu_memory_utilization", self.gpu_memory_utilization)?,
+            deterministic: self.deterministic,
             batch_tokens_max: within("batch_tokens_max", self.batch_tokens_max, 1, 1 << 16)?
                 as usize,
             step_time_max: time("step_time_max", self.step_time_max)?,

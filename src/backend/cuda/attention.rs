@@ -89,6 +89,18 @@ fn operands<D: Driver>(
     ])
 }
 
+/// `first`, then `second`: N = A + B.
+fn both<const A: usize, const B: usize, const N: usize>(
+    first: [Arg; A],
+    second: [Arg; B],
+) -> [Arg; N] {
+    const { assert!(A + B == N, "all of both") };
+    let mut all = [Arg::Pointer(0); N];
+    all[..A].copy_from_slice(&first);
+    all[A..].copy_from_slice(&second);
+    all
+}
+
 fn decode<D: Driver>(
     cuda: &mut Cuda<D>,
     args: &Attention<'_, Cuda<D>>,
@@ -106,7 +118,7 @@ fn decode<D: Driver>(
     let instance = Instance::of(heads.size);
     let y = Arg::Pointer(args.y.activations(driver, "attention", "y")?);
     let (list_of_rows, sequences) = (rows.address, args.step.sequences(driver));
-    let mut list = vec![
+    let list = [
         y,
         Arg::Pointer(partials),
         Arg::Pointer(args.qkv.activations(driver, "attention", "qkv")?),
@@ -115,7 +127,7 @@ fn decode<D: Driver>(
         Arg::Pointer(list_of_rows),
         Arg::Pointer(sequences),
     ];
-    list.extend(operands(cuda, args)?);
+    let list: [Arg; 14] = both(list, operands(cuda, args)?);
     let head_tiles = (heads.query / heads.kv).div_ceil(DECODE_HEADS);
     let tiles = DECODE_HEADS + DECODE_WARPS * 4 * KV_BLOCK;
     let grid = (
@@ -156,7 +168,7 @@ fn prefill<D: Driver>(
     }
     let (k, v) = args.cache.layer(driver, args.layer);
     let instance = Instance::of(heads.size);
-    let mut list = vec![
+    let list = [
         Arg::Pointer(args.y.activations(driver, "attention", "y")?),
         Arg::Pointer(args.qkv.activations(driver, "attention", "qkv")?),
         Arg::Pointer(k),
@@ -164,7 +176,7 @@ fn prefill<D: Driver>(
         Arg::Pointer(tiles.address),
         Arg::Pointer(args.step.sequences(driver)),
     ];
-    list.extend(operands(cuda, args)?);
+    let list: [Arg; 13] = both(list, operands(cuda, args)?);
     let rows = PREFILL_ROWS + 4 * PREFILL_POSITIONS;
     let grid = ([tiles.count, heads.kv, 1], PREFILL_THREADS);
     cuda.launch(instance.prefill, grid, rows * instance.pitch(), &list)

@@ -51,6 +51,7 @@ impl Answerer {
             context_tokens_max: None,
             kv_budget: KvBudget::Auto,
             gpu_memory_utilization: 1.0,
+            deterministic: false,
             batch_tokens_max: BATCH_TOKENS_MAX,
             // Nobody watches these streams.
             step_time_max: Duration::MAX,

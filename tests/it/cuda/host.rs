@@ -1,0 +1,156 @@
+//! The host code alone, over a driver that does nothing: what it asks for, and what it takes from the allocator while it asks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use midpo::backend::cuda::{Cuda, CudaOptions, Driver, Gemm, Launch, Storage};
+use midpo::backend::{BackendError, KvFormat, StepLayout, StepSequence, WeightFormat};
+use midpo::model::{ModelOptions, RoutedLlama};
+use midpo::types::{BLOCK_TOKENS, BlockId, TokenId, Variant};
+
+use crate::golden::load;
+
+/// How often a driver was asked for work.
+#[derive(Clone, Default)]
+struct Asked {
+    launches: Arc<AtomicUsize>,
+    vendor_products: Arc<AtomicUsize>,
+}
+
+impl Asked {
+    fn take(&self) -> (usize, usize) {
+        let take = |count: &AtomicUsize| count.swap(0, Ordering::SeqCst);
+        (take(&self.launches), take(&self.vendor_products))
+    }
+}
+
+/// Addresses without memory.
+struct Nowhere(Asked);
+
+impl Driver for Nowhere {
+    type Memory = ();
+
+    fn allocate(&self, _: &str, _: usize) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn occupied(&self, bytes: usize) -> usize {
+        bytes
+    }
+
+    fn address(&self, (): &()) -> u64 {
+        256
+    }
+
+    fn zero(&self, (): &mut ()) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn upload(&self, (): &mut (), _: usize, _: &[u8]) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn download(&self, (): &(), _: usize, into: &mut [u8]) -> Result<(), BackendError> {
+        into.fill(0);
+        Ok(())
+    }
+
+    unsafe fn launch(&self, _: &Launch<'_>) -> Result<(), BackendError> {
+        self.0.launches.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    unsafe fn gemm(&self, _: &Gemm) -> Result<bool, BackendError> {
+        self.0.vendor_products.fetch_add(1, Ordering::SeqCst);
+        Ok(true)
+    }
+}
+
+const SEQUENCES: usize = 3;
+const POSITIONS: usize = 600;
+
+fn model(deterministic: bool) -> (RoutedLlama<Cuda<Nowhere>>, Asked) {
+    let asked = Asked::default();
+    let options = CudaOptions {
+        storage: Storage::BF16,
+        deterministic,
+    };
+    let cuda = Cuda::new(Nowhere(asked.clone()), options);
+    let options = ModelOptions {
+        rows: 64,
+        logit_rows: SEQUENCES,
+        sequences: SEQUENCES,
+        positions: POSITIONS,
+        kv_blocks: SEQUENCES * POSITIONS.div_ceil(BLOCK_TOKENS),
+        kv_format: KvFormat::BF16,
+        weight_format: WeightFormat::Stored,
+    };
+    let model = RoutedLlama::new(cuda, &load("tiny-routed", true), options).unwrap();
+    (model, asked)
+}
+
+/// Steps of `rows` tokens a sequence from `start` on; what they take from the allocator.
+fn allocations(
+    model: &mut RoutedLlama<Cuda<Nowhere>>,
+    rows: [usize; SEQUENCES],
+    start: usize,
+) -> u64 {
+    let blocks: Vec<_> = (0..model.kv_shape().blocks as u32)
+        .map(BlockId::new)
+        .collect();
+    let tables = blocks.chunks_exact(POSITIONS.div_ceil(BLOCK_TOKENS));
+    let sequences: Vec<_> = tables
+        .zip(rows)
+        .map(|(block_table, rows)| StepSequence {
+            rows,
+            start,
+            block_table,
+            gates: Variant::Routed.gates(),
+        })
+        .collect();
+    let tokens = vec![TokenId(3); rows.iter().sum()];
+    let layout = StepLayout {
+        tokens: &tokens,
+        sequences: &sequences,
+        logit_rows: &[0, 1, 2],
+    };
+    let step = || {
+        model.forward(&layout).unwrap();
+    };
+    allocation_counter::measure(step).count_total
+}
+
+#[test]
+fn a_step_takes_nothing_from_the_allocator_once_its_results_have_been_read_at_that_size() {
+    let (mut model, asked) = model(false);
+    // The largest step: what is read back finds its room.
+    allocations(&mut model, [40, 23, 1], 0);
+    asked.take();
+    // Prompts, prompts beside decodes, decodes within one split of the cache and over several.
+    for (rows, start) in [
+        ([40, 23, 1], 64),
+        ([62, 1, 1], 128),
+        ([1, 1, 1], 190),
+        ([1, 1, 1], 590),
+    ] {
+        assert_eq!(
+            allocations(&mut model, rows, start),
+            0,
+            "{rows:?} at {start}"
+        );
+        let (launches, products) = asked.take();
+        assert!(launches > 0 && products > 0);
+    }
+}
+
+#[test]
+fn deterministic_multiplies_by_its_own_kernels_alone() {
+    let work = |deterministic| {
+        let (mut model, asked) = model(deterministic);
+        allocations(&mut model, [1, 1, 1], 5);
+        asked.take()
+    };
+    let ((launches, products), (own_launches, none)) = (work(false), work(true));
+    assert_eq!(none, 0);
+    assert_eq!(own_launches, launches + products);
+}
