@@ -262,4 +262,24 @@ pub trait Backend: Sized + Send + 'static {
     ) -> Result<(), BackendError>;
     /// [`ops::GATHER_ROWS`].
     fn gather_rows(&mut self, args: ops::GatherRows<'_, Self>) -> Result<(), BackendError>;
+
+    /// Whether it is worth asking [`Self::sample`].
+    fn samples(&self) -> bool {
+        false
+    }
+
+    /// Samples a token from each of the first rows of `logits` (r, vocabulary), as `rows` (r) say; `sampled` keeps its room. The tokens are
+    /// those of the engine's sampler, to the bit. `false`: not here, or not as much as [`Self::reserve`] made room for; nothing was done.
+    ///
+    /// # Errors
+    /// Fewer or inexact logits; more than 20 most likely tokens; fewer bits of a grammar than tokens; the device.
+    fn sample(
+        &mut self,
+        logits: &Self::Buffer,
+        rows: &[SampleRow],
+        sampled: &mut Sampled,
+    ) -> Result<bool, BackendError> {
+        let _ = (logits, rows, sampled);
+        Ok(false)
+    }
 }

@@ -1,7 +1,7 @@
 //! A planned step, flattened as the model wants it.
 
 use super::scheduler::{Plan, Scheduler};
-use crate::backend::StepSequence;
+use crate::backend::{SampleRow, StepSequence};
 use crate::types::TokenId;
 
 /// The step's tokens and the rows whose logits are wanted. Kept between steps for its room: a step of a known size allocates
@@ -12,6 +12,9 @@ pub(super) struct Batch {
     pub tokens: Vec<TokenId>,
     /// Rows, each below n.
     pub logit_rows: Vec<usize>,
+    /// How to sample from each of them; its first [`Self::samples`] count.
+    rows: Vec<SampleRow>,
+    samples: usize,
     /// Empty: only the room of the last step's list.
     room: Vec<StepSequence<'static>>,
 }
@@ -43,6 +46,25 @@ impl Batch {
             });
         }
         sequences
+    }
+
+    /// How to sample from each of the logit rows, where the device is to do it; else empty.
+    pub(super) fn samples(&self) -> &[SampleRow] {
+        &self.rows[..self.samples]
+    }
+
+    /// Forgets how to sample.
+    pub(super) fn clear_samples(&mut self) {
+        self.samples = 0;
+    }
+
+    /// One more row to fill in.
+    pub(super) fn push_sample(&mut self) -> &mut SampleRow {
+        if self.samples == self.rows.len() {
+            self.rows.push(SampleRow::default());
+        }
+        self.samples += 1;
+        &mut self.rows[self.samples - 1]
     }
 
     /// Takes the room of a list that is no longer needed.

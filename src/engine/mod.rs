@@ -142,21 +142,27 @@ impl<B: Backend> Engine<B> {
     }
 
     fn compute(&mut self, started: Instant) -> Result<(), BackendError> {
-        let (sequences, batch) = self.sessions.batch();
+        if self.model.samples() {
+            self.sessions.describe_samples();
+        }
+        let (sequences, batch, sampled) = self.sessions.batch();
         let layout = StepLayout {
             tokens: &batch.tokens,
             sequences: &sequences,
             logit_rows: &batch.logit_rows,
         };
         let (rows, count) = (layout.tokens.len(), layout.sequences.len());
-        let computed = self.model.forward(&layout);
+        let computed = match batch.samples() {
+            [] => self.model.forward(&layout).map(|output| (output, false)),
+            rows => self.model.forward_and_sample(&layout, rows, sampled),
+        };
         let room = batch::emptied(sequences);
         self.sessions.keep_room(room);
         let now = Instant::now();
         match computed {
-            Ok(output) => {
+            Ok((output, sampled)) => {
                 self.failures = 0;
-                self.sessions.commit(output, now);
+                self.sessions.commit(output, sampled, now);
             }
             Err(error) => {
                 self.metrics.step_failures.increment();

@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use super::handle::TokenLogprobs;
-use crate::backend::SampleRow;
+use crate::backend::{SampleFault, SampleRow};
 use crate::random;
 use crate::types::{SamplingParams, TokenId};
 
@@ -58,6 +58,15 @@ pub enum SampleError {
     /// Every token is ruled out.
     #[error("no token can follow: every logit is -inf")]
     NoToken,
+}
+
+impl From<SampleFault> for SampleError {
+    fn from(fault: SampleFault) -> Self {
+        match fault {
+            SampleFault::NotFinite => Self::NotFinite,
+            SampleFault::NoToken => Self::NoToken,
+        }
+    }
 }
 
 /// Where in its answer a token stands.

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
-use super::handle::{Admission, Submission};
+use super::handle::{Admission, Submission, TokenLogprobs};
 use super::pace::PrefillPace;
 use super::prefix::{PrefixRoot, Sharing};
 use super::request::{End, Request};
-use super::sampler::{Position, SampleError, Sampler};
+use super::sampler::{Position, SampleError, Sampler, describe};
 use super::scheduler::{Plan, PlannedSequence, Scheduler, SchedulerLimits};
-use super::sequence::{NewSequence, RequestId};
-use crate::backend::{Backend, StepSequence};
+use super::sequence::{NewSequence, RequestId, Sequence};
+use crate::backend::{Backend, Sampled, StepSequence};
 use crate::config::EngineConfig;
 use crate::metrics::{BlockState, Metrics};
 use crate::model::{RoutedLlama, StepOutput};
@@ -28,6 +28,8 @@ pub(super) struct Sessions {
     plan: Plan,
     batch: Batch,
     sampler: Sampler,
+    /// What the device drew in this step.
+    sampled: Sampled,
     requests: HashMap<RequestId, Request>,
     next_request: u64,
     model: ModelFacts,
@@ -52,6 +54,8 @@ struct Rows<'a> {
     gates: &'a [f32],
     /// Numbers in a row of gates.
     gate_width: usize,
+    /// Which of the step's logit rows the last one is, where the device has sampled from them.
+    sampled: Option<usize>,
 }
 
 impl Rows<'_> {
@@ -79,6 +83,7 @@ impl Sessions {
             plan: Plan::default(),
             batch: Batch::default(),
             sampler: Sampler::default(),
+            sampled: Sampled::default(),
             requests: HashMap::new(),
             next_request: 0,
             model: ModelFacts {
@@ -187,10 +192,33 @@ impl Sessions {
         self.pace.observe(self.plan.prefill_tokens(), lasted);
     }
 
-    /// The planned step, flattened.
-    pub(super) fn batch(&mut self) -> (Vec<StepSequence<'_>>, &Batch) {
+    /// The planned step, flattened, and where the tokens go that the device draws.
+    pub(super) fn batch(&mut self) -> (Vec<StepSequence<'_>>, &Batch, &mut Sampled) {
         let sequences = self.batch.fill(&self.plan, &self.scheduler);
-        (sequences, &self.batch)
+        (sequences, &self.batch, &mut self.sampled)
+    }
+
+    /// Says how to sample from the planned step's logits; not where some are wanted for more, as log-probabilities of a prompt are.
+    pub(super) fn describe_samples(&mut self) {
+        self.batch.clear_samples();
+        for planned in &self.plan.sequences {
+            let owner = self.scheduler.owner(planned.id);
+            let request = owner.and_then(|(id, _)| self.requests.get(&id));
+            let sequence = self.scheduler.sequence(planned.id);
+            let wanted = (planned.samples, planned.logit_rows);
+            match (wanted, owner, request, sequence) {
+                ((false, 0), ..) => {}
+                ((true, 1), Some((_, choice)), Some(request), Some(sequence)) => {
+                    let Some(history) = request.history(choice) else {
+                        return self.batch.clear_samples();
+                    };
+                    let position = position(choice, sequence, &self.model.eos);
+                    let row = self.batch.push_sample();
+                    describe(&request.sampling, history, position, row);
+                }
+                _ => return self.batch.clear_samples(),
+            }
+        }
     }
 
     /// Takes the room of what [`Self::batch`] returned, for the next step.
@@ -199,7 +227,9 @@ impl Sessions {
     }
 
     /// Moves every planned sequence on; the only place where that happens.
-    pub(super) fn commit(&mut self, output: StepOutput<'_>, now: Instant) {
+    ///
+    /// `sampled`: the device has drawn a token from each row of logits, and these are empty.
+    pub(super) fn commit(&mut self, output: StepOutput<'_>, sampled: bool, now: Instant) {
         let plan = std::mem::take(&mut self.plan);
         let (mut row, mut logit_row) = (0, 0);
         for planned in &plan.sequences {
@@ -211,9 +241,13 @@ impl Sessions {
                 gates => &gates[(row - planned.rows) * self.model.gates..row * self.model.gates],
             };
             let rows = Rows {
-                logits: &output.logits[logits..logit_row * self.model.vocabulary],
+                logits: match sampled {
+                    true => &[],
+                    false => &output.logits[logits..logit_row * self.model.vocabulary],
+                },
                 gates,
                 gate_width: self.model.gates,
+                sampled: sampled.then(|| logit_row.saturating_sub(1)),
             };
             self.commit_sequence(planned, &rows, now);
         }
@@ -308,27 +342,26 @@ impl Sessions {
         rows: &Rows<'_>,
         now: Instant,
     ) -> Result<Option<FinishReason>, SampleError> {
-        let logits = &rows.logits[rows.logits.len() - self.model.vocabulary..];
         let request = self.requests.get_mut(&id);
         let sequence = self.scheduler.sequence(planned.id);
         let (Some(request), Some(sequence)) = (request, sequence) else {
             return Ok(None);
         };
         let generated = sequence.generated();
-        let position = Position {
-            choice,
-            position: sequence.tokens().len(),
-            generated,
-            eos: &self.model.eos,
-        };
         let params = &request.sampling;
         let Some(history) = request.history(choice) else {
             return Ok(None);
         };
-        let token = self.sampler.sample(logits, params, history, position)?;
-        let logprobs = match params.logprobs {
-            Some(top) => Some(self.sampler.logprobs(logits, token, top as usize)?),
-            None => None,
+        let (token, logprobs) = match rows.sampled {
+            Some(at) => drawn(&mut self.sampled, at)?,
+            None => {
+                let logits = &rows.logits[rows.logits.len() - self.model.vocabulary..];
+                let position = position(choice, sequence, &self.model.eos);
+                let token = self.sampler.sample(logits, params, history, position)?;
+                let top = params.logprobs.map(|top| top as usize);
+                let logprobs = top.map(|top| self.sampler.logprobs(logits, token, top));
+                (token, logprobs.transpose()?)
+            }
         };
         let is_end = params.stop_token_ids.contains(&token)
             || (!params.ignore_eos && self.model.eos.contains(&token));
@@ -422,4 +455,25 @@ impl Sessions {
     pub(super) fn scheduler(&self) -> &Scheduler {
         &self.scheduler
     }
+}
+
+/// Where the next token of `sequence` will stand.
+fn position<'a>(choice: u32, sequence: &Sequence, eos: &'a [TokenId]) -> Position<'a> {
+    Position {
+        choice,
+        position: sequence.tokens().len(),
+        generated: sequence.generated(),
+        eos,
+    }
+}
+
+/// What the device drew from logit row `at`.
+fn drawn(
+    sampled: &mut Sampled,
+    at: usize,
+) -> Result<(TokenId, Option<TokenLogprobs>), SampleError> {
+    let token = sampled.tokens[at]?;
+    let top = std::mem::take(&mut sampled.top[at]);
+    let logprobs = sampled.logprobs[at].map(|logprob| TokenLogprobs { logprob, top });
+    Ok((token, logprobs))
 }

@@ -10,7 +10,8 @@ pub use error::ModelError;
 pub use footprint::{kv_block_bytes, weight_bytes, workspace_bytes};
 
 use crate::backend::{
-    Backend, BackendError, KvFormat, KvShape, StepLayout, StepLimits, WeightFormat, ops,
+    Backend, BackendError, KvFormat, KvShape, SampleRow, Sampled, StepLayout, StepLimits,
+    WeightFormat, ops,
 };
 use crate::checkpoint::{Checkpoint, LlamaConfig, rope_table};
 use crate::types::TokenId;
@@ -39,7 +40,7 @@ pub struct ModelOptions {
 /// What a step computed.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOutput<'a> {
-    /// (logit rows, vocabulary), in the order of the layout's `logit_rows`.
+    /// (logit rows, vocabulary), in the order of the layout's `logit_rows`; empty where the device has sampled from them.
     pub logits: &'a [f32],
     /// (rows, 2 * layers): alpha and beta of each layer; empty for a model without experts.
     pub gates: &'a [f32],
@@ -99,6 +100,53 @@ impl<B: Backend> RoutedLlama<B> {
     /// # Errors
     /// A layout outside the model's limits, or a device error; the K/V of the step's rows are then undefined.
     pub fn forward(&mut self, layout: &StepLayout<'_>) -> Result<StepOutput<'_>, BackendError> {
+        self.compute(layout)?;
+        self.output(layout, false)
+    }
+
+    /// As [`Self::forward`], and samples a token from each of the `logit_rows` as `rows` say, where the device does that
+    /// ([`Self::samples`]): then no logits come back. Says whether it did.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and [`Backend::sample`]'s.
+    pub fn forward_and_sample(
+        &mut self,
+        layout: &StepLayout<'_>,
+        rows: &[SampleRow],
+        sampled: &mut Sampled,
+    ) -> Result<(StepOutput<'_>, bool), BackendError> {
+        self.compute(layout)?;
+        let logits = &self.activations.logits;
+        let done = self.backend.sample(logits, rows, sampled)?;
+        Ok((self.output(layout, done)?, done))
+    }
+
+    /// Whether the device samples.
+    pub fn samples(&self) -> bool {
+        self.backend.samples()
+    }
+
+    /// What the last step left.
+    fn output(
+        &mut self,
+        layout: &StepLayout<'_>,
+        sampled: bool,
+    ) -> Result<StepOutput<'_>, BackendError> {
+        let (backend, act) = (&self.backend, &mut self.activations);
+        Ok(StepOutput {
+            logits: match sampled {
+                true => &[],
+                false => backend.read(&mut act.logits, layout.logit_rows.len())?,
+            },
+            gates: match self.routed {
+                true => backend.read(&mut act.gates, layout.tokens.len())?,
+                false => &[],
+            },
+        })
+    }
+
+    /// Runs one ragged batch up to its logits.
+    fn compute(&mut self, layout: &StepLayout<'_>) -> Result<(), BackendError> {
         let Self {
             backend,
             weights,
@@ -144,14 +192,6 @@ impl<B: Backend> RoutedLlama<B> {
             w: head,
             y: &mut act.logits,
             add: false,
-        })?;
-        Ok(StepOutput {
-            logits: backend.read(&mut act.logits, logit_rows)?,
-            gates: if self.routed {
-                backend.read(&mut act.gates, rows)?
-            } else {
-                &[]
-            },
         })
     }
 

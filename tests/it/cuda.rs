@@ -9,6 +9,7 @@
 // The emulation runs what a device would: raw addresses.
 #![allow(unsafe_code)]
 
+mod engine;
 mod host;
 mod memory;
 mod sample;

@@ -24,13 +24,13 @@ use super::ops::{
     bind_write,
 };
 use super::{
-    Backend, BackendError, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, WeightFormat,
-    Workload,
+    Backend, BackendError, HostMatrix, KvFormat, KvShape, SampleRow, Sampled, StepLayout,
+    StepLimits, WeightFormat, Workload,
 };
 use driver::kernel;
 use memory::{Kept, matrix_bytes};
 use mix::Rooms;
-use sample::SampleScratch;
+use sample::{SampleRooms, SampleScratch};
 use scratch::Scratch;
 use tiles::{
     EMBED_THREADS, GATHER_THREADS, HEAD_SIZE_MAX, NORM_THREADS, PREFILL_ROWS, ROPE_THREADS,
@@ -278,14 +278,17 @@ impl<D: Driver> Backend for Cuda<D> {
         for (scratch, bytes) in scratches {
             scratch.reserve(&self.driver, bytes)?;
         }
-        Ok(())
+        let sample = SampleRooms::new(&work.limits);
+        self.sample.reserve(&self.driver, &sample)
     }
 
     fn workspace_bytes(&self, work: &Workload) -> usize {
         let Rooms { partials, arrived } = Rooms::of(work);
         let splits = attention::partial_bytes(&work.limits, work.heads);
-        let rooms = [partials, arrived, splits].map(|bytes| self.driver.occupied(bytes));
-        DeviceStep::bytes(&self.driver, &work.limits) + rooms.iter().sum::<usize>()
+        let sample = SampleRooms::new(&work.limits).all();
+        let rooms = [partials, arrived, splits].into_iter().chain(sample);
+        let rooms = rooms.map(|bytes| self.driver.occupied(bytes));
+        DeviceStep::bytes(&self.driver, &work.limits) + rooms.sum::<usize>()
     }
 
     fn step(&self, limits: StepLimits) -> Result<DeviceStep<D>, BackendError> {
@@ -390,5 +393,17 @@ impl<D: Driver> Backend for Cuda<D> {
         ];
         let grid = ([wanted, 1, 1], GATHER_THREADS);
         self.launch(Kernel::exact("gather_rows"), grid, 0, &list)
+    }
+    fn samples(&self) -> bool {
+        true
+    }
+
+    fn sample(
+        &mut self,
+        logits: &Buffer<D>,
+        rows: &[SampleRow],
+        sampled: &mut Sampled,
+    ) -> Result<bool, BackendError> {
+        self.sample_rows(logits, rows, sampled)
     }
 }

@@ -2,14 +2,17 @@
 
 use super::super::{BackendError, SampleFault, SampleRow, Sampled, Shaped};
 use super::driver::{Driver, Kernel};
+use super::memory::padded;
 use super::tiles::{SAMPLE_BINS, SAMPLE_ROW_WORDS, SAMPLE_THREADS, SAMPLE_TOP, WARP};
-use super::{Arg, Buffer, Cuda, Scratch, int, unsupported};
+use super::{Arg, Buffer, Cuda, Scratch, StepLimits, int, unsupported};
 use crate::types::TokenId;
 
 /// `sizeof(SampleShared)`: two histograms, sums of the warps and two more, three numbers, the most likely tokens; in 16 bytes.
 const SHARED_BYTES: usize =
     (2 * SAMPLE_BINS * 4 + (SAMPLE_THREADS / WARP + 2) * 8 + 3 * 4 + SAMPLE_TOP * 8)
         .next_multiple_of(16);
+/// Words of lists that there is room for, a row on average: 2048 biased or penalised tokens. What has longer ones is left to the host.
+const LIST_WORDS: usize = 4096;
 /// What the kernel writes instead of a token.
 const NOT_FINITE: i32 = -1;
 /// Numbers that come back for a row: the token, 1 + `SAMPLE_TOP` log-probabilities, `SAMPLE_TOP` tokens.
@@ -17,6 +20,8 @@ const RESULT_WORDS: usize = 2 + 2 * SAMPLE_TOP;
 
 /// What sampling needs beside the logits, as large as its largest step.
 pub(super) struct SampleScratch<D: Driver> {
+    /// Words of rows, lists and bits that room was reserved for; without it, there is room for any.
+    words_max: Option<usize>,
     words: Vec<u32>,
     wants: Scratch<D>,
     work: Scratch<D>,
@@ -27,6 +32,7 @@ pub(super) struct SampleScratch<D: Driver> {
 impl<D: Driver> SampleScratch<D> {
     pub(super) fn new() -> Self {
         Self {
+            words_max: None,
             words: Vec::new(),
             wants: Scratch::new("what rows are sampled with"),
             work: Scratch::new("logits with biases and penalties"),
@@ -36,23 +42,63 @@ impl<D: Driver> SampleScratch<D> {
     }
 }
 
+/// Bytes beside the logits, for all steps within some limits.
+pub(super) struct SampleRooms {
+    words: usize,
+    work: usize,
+    results: usize,
+}
+
+impl SampleRooms {
+    pub(super) fn new(limits: &StepLimits) -> Self {
+        let rows = limits.logit_rows;
+        Self {
+            words: rows * (SAMPLE_ROW_WORDS + LIST_WORDS) * 4,
+            work: rows * padded(limits.vocabulary) * 4,
+            results: rows * RESULT_WORDS * 4,
+        }
+    }
+
+    pub(super) fn all(&self) -> [usize; 3] {
+        [self.words, self.work, self.results]
+    }
+}
+
+impl<D: Driver> SampleScratch<D> {
+    /// Makes that room, and keeps to it.
+    pub(super) fn reserve(&mut self, driver: &D, rooms: &SampleRooms) -> Result<(), BackendError> {
+        self.words_max = Some(rooms.words / 4);
+        self.words.reserve_exact(rooms.words / 4);
+        self.wants.reserve(driver, rooms.words)?;
+        self.work.reserve(driver, rooms.work)?;
+        self.results.reserve(driver, rooms.results)?;
+        self.bytes.reserve_exact(rooms.results);
+        Ok(())
+    }
+
+    fn has_room(&self, rows: &[SampleRow]) -> bool {
+        let words: usize = rows.iter().map(SampleRow::words).sum();
+        self.words_max.is_none_or(|most| words <= most)
+    }
+}
+
 impl<D: Driver> Cuda<D> {
-    /// Samples a token from each of the first rows of `logits` (r, vocabulary), as `rows` (r) say; `sampled` keeps its room.
-    ///
-    /// # Errors
-    /// Fewer or inexact logits; more than 20 most likely tokens; fewer bits of a grammar than tokens; the device.
-    pub fn sample(
+    /// [`super::Backend::sample`].
+    pub(super) fn sample_rows(
         &mut self,
         logits: &Buffer<D>,
         rows: &[SampleRow],
         sampled: &mut Sampled,
-    ) -> Result<(), BackendError> {
+    ) -> Result<bool, BackendError> {
         bind(logits, rows)?;
         let vocabulary = logits.width();
         let address = logits.exact(&self.driver, "sample", "logits")?;
+        if !self.sample.has_room(rows) {
+            return Ok(false);
+        }
         clear(sampled);
         if rows.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let (lists, allowed) = self.sample.write(rows, vocabulary);
         let changed = rows.iter().any(SampleRow::changes_logits);
@@ -84,7 +130,8 @@ impl<D: Driver> Cuda<D> {
         ];
         let grid = ([rows.len(), 1, 1], SAMPLE_THREADS);
         self.launch(Kernel::exact("sample"), grid, SHARED_BYTES, &list)?;
-        self.sample.read(&self.driver, rows, sampled)
+        self.sample.read(&self.driver, rows, sampled)?;
+        Ok(true)
     }
 }
 
@@ -124,6 +171,13 @@ fn clear(sampled: &mut Sampled) {
 }
 
 impl SampleRow {
+    /// What it takes at most.
+    fn words(&self) -> usize {
+        let allowed = self.allowed.as_ref().map_or(0, Vec::len);
+        let pairs = self.bias.len() + self.history.len();
+        SAMPLE_ROW_WORDS + 2 * pairs + self.masked.len() + allowed
+    }
+
     /// Whether the kernel draws from a changed copy of the row.
     fn changes_logits(&self) -> bool {
         let lists = self.bias.len() + self.masked.len() + self.history.len();

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use midpo::backend::cuda::{Cuda, CudaOptions, Driver, Gemm, Launch, Storage};
-use midpo::backend::{BackendError, KvFormat, StepLayout, StepSequence, WeightFormat};
+use midpo::backend::{
+    BackendError, KvFormat, SampleRow, Sampled, StepLayout, StepSequence, WeightFormat,
+};
 use midpo::model::{ModelOptions, RoutedLlama};
 use midpo::types::{BLOCK_TOKENS, BlockId, TokenId, Variant};
 
@@ -114,10 +116,21 @@ fn allocations(
         sequences: &sequences,
         logit_rows: &[0, 1, 2],
     };
-    let step = || {
-        model.forward(&layout).unwrap();
+    let rows = vec![SampleRow::default(); SEQUENCES];
+    let mut sampled = Sampled::default();
+    let mut sample = || {
+        let (_, done) = model
+            .forward_and_sample(&layout, &rows, &mut sampled)
+            .unwrap();
+        assert!(done);
     };
-    allocation_counter::measure(step).count_total
+    // The client's own lists find their room.
+    sample();
+    let sampling = allocation_counter::measure(sample).count_total;
+    let reading = allocation_counter::measure(|| {
+        model.forward(&layout).unwrap();
+    });
+    sampling + reading.count_total
 }
 
 #[test]

@@ -20,17 +20,36 @@ const FIXTURES: [(&str, bool); 3] = [
     ("tiny-gqa", true),
 ];
 
-/// A driver whose every allocation is counted.
-struct Counting {
+/// The emulation, with all that is allocated and all launches of `sample` counted.
+pub(super) struct Counting {
     inner: TestDriver,
-    bytes: Arc<AtomicUsize>,
+    counts: Counts,
+}
+
+#[derive(Clone, Default)]
+pub(super) struct Counts {
+    pub(super) bytes: Arc<AtomicUsize>,
+    pub(super) samples: Arc<AtomicUsize>,
+}
+
+pub(super) fn counting() -> (Cuda<Counting>, Counts) {
+    let counts = Counts::default();
+    let driver = Counting {
+        inner: TestDriver::Emulated(Schedule::Descending),
+        counts: counts.clone(),
+    };
+    let options = CudaOptions {
+        storage: Storage::BF16,
+        deterministic: true,
+    };
+    (Cuda::new(driver, options), counts)
 }
 
 impl Driver for Counting {
     type Memory = TestMemory;
 
     fn allocate(&self, what: &str, bytes: usize) -> Result<TestMemory, BackendError> {
-        self.bytes.fetch_add(bytes, Ordering::SeqCst);
+        self.counts.bytes.fetch_add(bytes, Ordering::SeqCst);
         self.inner.allocate(what, bytes)
     }
 
@@ -65,6 +84,9 @@ impl Driver for Counting {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError> {
+        if launch.kernel == "sample" {
+            self.counts.samples.fetch_add(1, Ordering::SeqCst);
+        }
         // SAFETY: the caller's promise.
         unsafe { self.inner.launch(launch) }
     }
@@ -124,18 +146,7 @@ fn cuda_takes_what_the_budget_says_and_nothing_more_when_it_runs() {
     for (name, experts) in FIXTURES {
         let checkpoint = load(name, experts);
         let options = options(KvFormat::BF16, WeightFormat::Stored);
-        let bytes = Arc::new(AtomicUsize::new(0));
-        let driver = Counting {
-            inner: TestDriver::Emulated(Schedule::Descending),
-            bytes: Arc::clone(&bytes),
-        };
-        let cuda = Cuda::new(
-            driver,
-            CudaOptions {
-                storage: Storage::BF16,
-                deterministic: true,
-            },
-        );
+        let (cuda, Counts { bytes, .. }) = counting();
         let weights = model::weight_bytes(&cuda, &checkpoint, options.weight_format).unwrap();
         let workspace = model::workspace_bytes(&cuda, &checkpoint, &options).unwrap();
         let block = model::kv_block_bytes(&cuda, &checkpoint.config, options.kv_format).unwrap();

@@ -2,7 +2,10 @@
 //! rows with ties, both zeros and ruled out tokens; log-probabilities to f32's rounding.
 
 use midpo::backend::cuda::Cuda;
-use midpo::backend::{Backend, BackendError, SampleFault, SampleRow, Sampled};
+use midpo::backend::ops::Heads;
+use midpo::backend::{
+    Backend, BackendError, SampleFault, SampleRow, Sampled, StepLimits, Workload,
+};
 use midpo::engine::TokenLogprobs;
 use midpo::engine::sampler::{History, Position, SampleError, Sampler, describe, mass};
 use midpo::types::{SamplingParams, TokenId};
@@ -288,6 +291,44 @@ fn sample_does_not_depend_on_the_order_of_threads_and_blocks() {
     let random = &mut Random(42);
     let cases: Vec<_> = (0..6).map(|_| Case::random(random, 700)).collect();
     check_schedules(|cuda| on_device(cuda, &cases));
+}
+
+#[test]
+fn sample_leaves_to_the_host_what_nobody_reserved_room_for() {
+    let limits = StepLimits {
+        rows: 4,
+        logit_rows: 2,
+        sequences: 2,
+        positions: 64,
+        blocks: 8,
+        vocabulary: 33,
+    };
+    let work = Workload {
+        limits,
+        heads: Heads {
+            query: 2,
+            kv: 1,
+            size: 16,
+        },
+        mlp_width: 64,
+        expert_width: 0,
+        quantised_inputs: 0,
+    };
+    let row = |masked| SampleRow {
+        masked: vec![TokenId(3); masked],
+        ..SampleRow::default()
+    };
+    for (_, cuda) in &mut backends() {
+        cuda.reserve(&work).unwrap();
+        let logits = cuda.exact_buffer(2, 33).unwrap();
+        let mut sampled = Sampled::default();
+        // Room is for 4096 words of lists a row on average.
+        for (longs, there) in [([8192, 0], true), ([8192, 1], false), ([4096, 4096], true)] {
+            let rows = longs.map(row);
+            assert_eq!(cuda.sample(&logits, &rows, &mut sampled).unwrap(), there);
+            assert_eq!(sampled.tokens, [Ok(TokenId(0)); 2], "{longs:?}");
+        }
+    }
 }
 
 #[test]
