@@ -1,33 +1,27 @@
-// rms_norm, add_rms_norm: contracts in src/backend/ops.rs, arithmetic in src/backend/reference.rs.
-// Plan:  a block owns one row: once over it for the sum (and the addition), once more, from L1 and L2, for the result.
-// Bound: memory, n * d * (4 + sizeof(T)) bytes; with an addition n * d * (8 + 2 sizeof(T)).
+// rms_norm: contract in src/backend/ops.rs, arithmetic in src/backend/reference.rs.
+// Plan:  a block owns one row: once over it for the sum, once more, from L1 and L2, for the result. The residual is added where it is
+//        made, by the product before (gemm with `add`, in f32): added here it would be written, read and rounded to two bytes on its way,
+//        and move as many bytes in all.
+// Bound: memory, n * d * (4 + sizeof(T)) bytes.
 // Checked: 40 registers; LDG.E.128
 #include "common.cuh"
 
-// y (n, d_padded); x (n, d_padded) f32, the residual stream; delta (n, d_padded) or null: x += delta first; weight (d_padded) f32.
-// Padding is zero in x, delta and weight, so it adds nothing to the sum and stays zero in y.
+// y (n, d_padded); x (n, d_padded) f32, the residual stream; weight (d_padded) f32.
+// Padding is zero in x and weight, so it adds nothing to the sum and stays zero in y.
 template <typename T>
-__device__ void rms_norm(T* __restrict__ y, float* __restrict__ x, const T* __restrict__ delta, const float* __restrict__ weight, int d,
-                         int d_padded, float eps) {
+__device__ void rms_norm(T* __restrict__ y, const float* __restrict__ x, const float* __restrict__ weight, int d, int d_padded, float eps) {
     const size_t row = size_t(blockIdx.x) * d_padded;
     float sum = 0.f;
     for (int i = threadIdx.x * 8; i < d_padded; i += NORM_THREADS * 8) {
         float v[8];
         load(v, x + row + i);
-        if (delta) {
-            float change[8];
-            load(change, delta + row + i);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) v[j] += change[j];
-            store(x + row + i, v);
-        }
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum = fmaf(v[j], v[j], sum);
     }
     const float scale = rsqrtf(block_sum<NORM_THREADS>(sum) / float(d) + eps);
     for (int i = threadIdx.x * 8; i < d_padded; i += NORM_THREADS * 8) {
         float v[8], w[8];
-        load(v, x + row + i);  // what this thread stored itself
+        load(v, x + row + i);
         load(w, weight + i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) v[j] *= scale * w[j];
@@ -35,5 +29,5 @@ __device__ void rms_norm(T* __restrict__ y, float* __restrict__ x, const T* __re
     }
 }
 
-KERNEL(rms_norm, (NORM_THREADS), (T* y, float* x, const T* delta, const float* weight, int d, int d_padded, float eps),
-       (y, x, delta, weight, d, d_padded, eps))
+KERNEL(rms_norm, (NORM_THREADS), (T* y, const float* x, const float* weight, int d, int d_padded, float eps),
+       (y, x, weight, d, d_padded, eps))

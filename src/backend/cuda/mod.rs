@@ -328,7 +328,6 @@ impl<D: Driver> Backend for Cuda<D> {
         let list = [
             Arg::Pointer(args.y.activations(driver, "rms_norm", "y")?),
             Arg::Pointer(args.x.exact(driver, "rms_norm", "x")?),
-            Arg::Pointer(0),
             Arg::Pointer(args.weight.exact(driver, "rms_norm", "weight")?),
             int(d),
             int(args.x.stride()),
