@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a machine with the driver, nvcc (CUDA 13) and Rust: the device tests (each kernel against
-# the reference, and cublasLt), then `midpo bench --url` against a server on the GPU. Results in target/gpu/.
+# the reference, and cublasLt), where the memory goes, then `midpo bench --url` against a server on the GPU. Results in target/gpu/.
 #
 #   benches/gpu.sh [MODEL_DIR_OR_GGUF]      without a model: the embedded demo, which says nothing about speed
 set -euo pipefail
@@ -17,6 +17,7 @@ if grep -q "skipped on a GPU" "$out/tests.txt"; then
 fi
 
 cargo build --locked --release --features cuda
+target/release/midpo serve --check --device cuda ${model:+--model "$model"} | tee "$out/memory.txt"
 port=$((20000 + RANDOM % 20000))
 target/release/midpo serve --device cuda --port "$port" ${model:+--model "$model"} > "$out/server.txt" 2>&1 &
 server=$!
