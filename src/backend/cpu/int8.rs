@@ -76,11 +76,18 @@ impl Kernel for Quantise<'_> {
 fn quantise<S: Simd>(simd: S, x: &[f32; INT8_BLOCK]) -> Block {
     // SAFETY: 32 numbers are two vectors.
     let halves = unsafe { [simd.load(x.as_ptr()), simd.load(x.as_ptr().add(LANES))] };
-    let magnitude = |x| simd.max(x, simd.sub(simd.splat(0.0), x));
-    let most = largest(simd, simd.max(magnitude(halves[0]), magnitude(halves[1])));
-    // 0, but NaN where x has anything that is not finite: it must reach the outputs.
-    let broken = halves.map(|x| simd.sub(x, x));
-    let broken = super::simd::sum(simd, simd.add(broken[0], broken[1]));
+    let most = simd.max(simd.max(halves[0], halves[1]), {
+        let zero = simd.splat(0.0);
+        simd.max(simd.sub(zero, halves[0]), simd.sub(zero, halves[1]))
+    });
+    let most = largest(simd, most);
+    // 0, but NaN where x has anything that is not finite: it must reach the outputs. No closure: an iterator that calls
+    // one is compiled without the kernel's instructions.
+    let broken = simd.add(
+        simd.sub(halves[0], halves[0]),
+        simd.sub(halves[1], halves[1]),
+    );
+    let broken = super::simd::sum(simd, broken);
     let mut block = Block::ZERO;
     if most < INT8_LEAST {
         return Block {
@@ -94,8 +101,11 @@ fn quantise<S: Simd>(simd: S, x: &[f32; INT8_BLOCK]) -> Block {
         let p = simd.round(simd.mul(halves[half], inverse));
         // SAFETY: each half has 16 bytes.
         unsafe { simd.store_i8(block.p.as_mut_ptr().add(half * LANES), p) };
-        let bytes = &block.p[half * LANES..][..LANES];
-        block.halves[half] = bytes.iter().map(|p| i32::from(*p)).sum();
+        let mut sum = 0;
+        for p in &block.p[half * LANES..][..LANES] {
+            sum += i32::from(*p);
+        }
+        block.halves[half] = sum;
     }
     block.scale = most / 127.0 + broken;
     block.sum = block.scale * (block.halves[0] + block.halves[1]) as f32;
