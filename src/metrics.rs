@@ -32,7 +32,7 @@ const GATE_RATIO: [f64; 13] = [
 ];
 
 /// The names that routers, load testers and dashboards of the field read, and the metric of ours that each repeats.
-const ALIASES: [(&str, &str); 13] = [
+const ALIASES: [(&str, &str); 16] = [
     ("vllm:num_requests_running", "midpo_sequences_running"),
     ("vllm:num_requests_waiting", "midpo_sequences_waiting"),
     ("vllm:kv_cache_usage_perc", "midpo_kv_cache_usage_ratio"),
@@ -50,6 +50,18 @@ const ALIASES: [(&str, &str); 13] = [
         "midpo_generated_tokens_total",
     ),
     ("vllm:num_preemptions_total", "midpo_preemptions_total"),
+    (
+        "vllm:spec_decode_num_drafts_total",
+        "midpo_spec_decode_drafts_total",
+    ),
+    (
+        "vllm:spec_decode_num_draft_tokens_total",
+        "midpo_spec_decode_draft_tokens_total",
+    ),
+    (
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "midpo_spec_decode_accepted_tokens_total",
+    ),
     (
         "vllm:request_success_total",
         "midpo_requests_finished_total",
@@ -455,6 +467,13 @@ metrics! {
     prefix_cache_query_tokens: Counter = counter("midpo_prefix_cache_query_tokens_total");
     /// Prompt tokens found in the prefix cache.
     prefix_cache_hit_tokens: Counter = counter("midpo_prefix_cache_hit_tokens_total");
+
+    /// Times that a sequence guessed its next tokens.
+    spec_decode_drafts: Counter = counter("midpo_spec_decode_drafts_total");
+    /// Tokens guessed ahead.
+    spec_decode_draft_tokens: Counter = counter("midpo_spec_decode_draft_tokens_total");
+    /// Tokens guessed ahead that were right.
+    spec_decode_accepted_tokens: Counter = counter("midpo_spec_decode_accepted_tokens_total");
 
     /// From plan to commit of a step.
     step_duration: Histogram = histogram("midpo_step_duration_seconds", &LATENCY_SECONDS);

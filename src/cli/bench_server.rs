@@ -18,7 +18,7 @@ use crate::bench::{
     Target, ratios,
 };
 use crate::checkpoint::Checkpoint;
-use crate::config::{EngineConfig, Policy, RequestLimits, ServerConfig};
+use crate::config::{EngineConfig, Policy, RequestLimits, ServerConfig, Speculation};
 use crate::engine::{Engine, EngineHandle, Event, GateDetail, Submission, model_options};
 use crate::metrics::Metrics;
 use crate::model::RoutedLlama;
@@ -81,6 +81,8 @@ impl Streams {
             kv_blocks: sequences_max * positions.div_ceil(BLOCK_TOKENS),
             // A cached prompt would leave out the prefill that the model alone does.
             prefix_cache: false,
+            // Guesses that come true would leave out forward passes.
+            speculation: Speculation::OFF,
         }
     }
 }

@@ -316,6 +316,7 @@ fn say_what_is_loaded(
         sequences_max = config.sequences_max,
         batch_tokens_max = config.batch_tokens_max,
         prefix_cache = config.prefix_cache,
+        speculative_tokens = config.speculation.speculative_tokens,
         "K/V cache"
     );
     if budget.kv_tokens < config.context_tokens_max as u64 {

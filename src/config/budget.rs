@@ -210,6 +210,7 @@ impl RuntimeConfig {
             context_tokens_max,
             kv_blocks,
             prefix_cache: self.prefix_cache,
+            speculation: self.speculation,
         }
     }
 
@@ -377,6 +378,7 @@ mod tests {
             sequences_max: 64,
             queue_max: 256,
             prefix_cache: true,
+            speculation: crate::config::Speculation::OFF,
         }
     }
 

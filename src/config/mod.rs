@@ -45,6 +45,28 @@ pub struct EngineConfig {
     pub kv_blocks: usize,
     /// Whether requests may share blocks of equal prefixes.
     pub prefix_cache: bool,
+    /// Guesses at next tokens.
+    pub speculation: Speculation,
+}
+
+/// Self-speculative decoding by prompt lookup: how many tokens are guessed, and from what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Speculation {
+    /// Most tokens that a sequence guesses in a step; 0 is off.
+    pub speculative_tokens: usize,
+    /// Longest run of last tokens that is looked for; longer runs win.
+    pub prompt_lookup_max: usize,
+    /// Shortest, 1 to `prompt_lookup_max`.
+    pub prompt_lookup_min: usize,
+}
+
+impl Speculation {
+    /// No guesses.
+    pub const OFF: Self = Self {
+        speculative_tokens: 0,
+        prompt_lookup_max: 1,
+        prompt_lookup_min: 1,
+    };
 }
 
 /// What the HTTP side is built with.

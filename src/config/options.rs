@@ -198,6 +198,30 @@ pub struct EngineOptions {
     #[arg(long, env = "MIDPO_NO_PREFIX_CACHE", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
         require_equals = true, default_value_t = false, default_missing_value = "true")]
     pub no_prefix_cache: bool,
+    /// Most tokens that a sequence guesses ahead in a step and checks in the same pass; the answer is the same to the bit. 0 is off.
+    #[arg(
+        long,
+        env = "MIDPO_SPECULATIVE_TOKENS",
+        default_value_t = 3,
+        value_name = "TOKENS"
+    )]
+    pub speculative_tokens: u32,
+    /// Guesses copy what followed an earlier run of tokens that equals the last ones: the longest such run to look for.
+    #[arg(
+        long,
+        env = "MIDPO_PROMPT_LOOKUP_MAX",
+        default_value_t = 5,
+        value_name = "TOKENS"
+    )]
+    pub prompt_lookup_max: u32,
+    /// The shortest such run. Shorter finds more, and more that is wrong.
+    #[arg(
+        long,
+        env = "MIDPO_PROMPT_LOOKUP_MIN",
+        default_value_t = 2,
+        value_name = "TOKENS"
+    )]
+    pub prompt_lookup_min: u32,
 }
 
 /// How the server is reached.

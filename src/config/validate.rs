@@ -8,11 +8,15 @@ use super::api_keys::{api_keys, open_policy};
 use super::error::ConfigError;
 use super::options::{EngineOptions, ModelOptions, ServeOptions};
 use super::values::{Device, KvDType, TimeSpan, WeightDType};
-use super::{ModelSource, RequestLimits, ServerConfig};
+use super::{ModelSource, RequestLimits, ServerConfig, Speculation};
 use crate::types::BLOCK_TOKENS;
 
 /// Name of the embedded demo in the API.
 pub const DEMO_NAME: &str = "midpo-demo";
+/// Most tokens that one sequence may guess in a step.
+const SPECULATIVE_TOKENS_MAX: u32 = 64;
+/// Longest run of tokens that may be looked for.
+const PROMPT_LOOKUP_MAX: u32 = 64;
 /// Longest time that a flag may name: a month.
 const TIME_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 
@@ -62,6 +66,8 @@ pub struct RuntimeConfig {
     pub queue_max: usize,
     /// Whether equal prefixes share blocks.
     pub prefix_cache: bool,
+    /// Guesses at next tokens.
+    pub speculation: Speculation,
 }
 
 /// How large the K/V cache is to be.
@@ -201,6 +207,28 @@ impl EngineOptions {
             sequences_max: within("sequences_max", self.sequences_max, 1, 1 << 12)? as usize,
             queue_max: within("queue_max", self.queue_max, 1, 1 << 16)? as usize,
             prefix_cache: !self.no_prefix_cache,
+            speculation: self.speculation()?,
+        })
+    }
+
+    fn speculation(&self) -> Result<Speculation, ConfigError> {
+        let tokens = within(
+            "speculative_tokens",
+            self.speculative_tokens,
+            0,
+            SPECULATIVE_TOKENS_MAX,
+        )?;
+        let longest = within(
+            "prompt_lookup_max",
+            self.prompt_lookup_max,
+            1,
+            PROMPT_LOOKUP_MAX,
+        )?;
+        let shortest = within("prompt_lookup_min", self.prompt_lookup_min, 1, longest)?;
+        Ok(Speculation {
+            speculative_tokens: tokens as usize,
+            prompt_lookup_max: longest as usize,
+            prompt_lookup_min: shortest as usize,
         })
     }
 }
@@ -348,6 +376,14 @@ mod tests {
             (
                 &["--gpu-memory-utilization", "nan"],
                 &["--gpu-memory-utilization"],
+            ),
+            (
+                &["--speculative-tokens", "65"],
+                &["--speculative-tokens", "0 to 64"],
+            ),
+            (
+                &["--prompt-lookup-max", "2", "--prompt-lookup-min", "3"],
+                &["--prompt-lookup-min", "1 to 2"],
             ),
             (
                 &["--model", "x", "--safety", "s"],

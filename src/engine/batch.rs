@@ -34,8 +34,10 @@ impl Batch {
                 unreachable!("planned sequences are alive");
             };
             let row = self.tokens.len();
-            let rows = planned.start..planned.start + planned.rows;
+            let rows = planned.start..planned.start + planned.rows - planned.drafts;
             self.tokens.extend_from_slice(&sequence.tokens()[rows]);
+            self.tokens
+                .extend_from_slice(&sequence.drafted()[..planned.drafts]);
             let logits = row + planned.logits_from;
             self.logit_rows.extend(logits..logits + planned.logit_rows);
             sequences.push(StepSequence {

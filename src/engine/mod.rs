@@ -4,6 +4,7 @@
 //! asked, or [`EngineState::Dead`], after telling every open request.
 
 mod batch;
+mod draft;
 mod error;
 mod handle;
 mod pace;

@@ -2,7 +2,8 @@
 //!
 //! First come, first served: a sequence's id is its place in line for good. Those that run and have one token to compute
 //! (decodes) come first, so that no stream waits behind a prompt; prompts share what is left of the step. When the pool is
-//! full the youngest running sequence is put back in line, and the oldest always advances: every request fits alone.
+//! full the youngest running sequence is put back in line, and the oldest always advances: every request fits alone. Guesses
+//! at next tokens fill what is left of a small step, and go first when anything is short.
 //!
 //! Invariant: a sequence is in `running` (sorted), in `waiting`, or follows another, as its `place` says; only running ones
 //! hold blocks.
@@ -11,7 +12,12 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::pool::BlockPool;
 use super::sequence::{NewSequence, Place, RequestId, Sequence};
+use crate::config::Speculation;
 use crate::types::{SeqId, TokenId};
+
+/// Rows of a step that has drafts, at most. Up to about 8 a row costs a fraction of the step, which reads every weight for
+/// the first one; beyond, a row of a guess costs as much as a row that surely makes a token.
+const DRAFT_STEP_ROWS_MAX: usize = 8;
 
 /// Bounds of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +28,8 @@ pub struct SchedulerLimits {
     pub sequences: usize,
     /// Tokens whose logits are wanted.
     pub logit_rows: usize,
+    /// Guesses at next tokens.
+    pub speculation: Speculation,
 }
 
 /// The rows of one sequence in a step.
@@ -37,7 +45,10 @@ pub struct PlannedSequence {
     pub logits_from: usize,
     /// Rows whose logits are wanted.
     pub logit_rows: usize,
-    /// Whether the last row's logits choose the next token.
+    /// Of the rows, so many at the end are of tokens that are guessed: [`Sequence::drafted`].
+    pub drafts: usize,
+    /// Whether the last row's logits choose the next token; with drafts, those of the last `1 + drafts` rows one token each,
+    /// as far as the guesses are right.
     pub samples: bool,
 }
 
@@ -130,7 +141,8 @@ impl Scheduler {
                 Place::Waiting
             }
         };
-        self.sequences.insert(id, Sequence::new(new, place));
+        let sequence = Sequence::new(new, self.limits.speculation, place);
+        self.sequences.insert(id, sequence);
         id
     }
 
@@ -151,6 +163,7 @@ impl Scheduler {
         }
         self.plan_prefills(plan, &mut budget);
         self.plan_waiting(plan, &mut budget);
+        self.plan_drafts(plan, &budget);
     }
 
     fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut Budget) {
@@ -203,6 +216,31 @@ impl Scheduler {
         }
     }
 
+    /// Adds guesses to decodes, the oldest first, while the step stays small.
+    fn plan_drafts(&mut self, plan: &mut Plan, budget: &Budget) {
+        if self.limits.speculation.speculative_tokens == 0 {
+            return;
+        }
+        let rows: usize = plan.sequences.iter().map(|planned| planned.rows).sum();
+        let mut room = DRAFT_STEP_ROWS_MAX
+            .saturating_sub(rows)
+            .min(budget.tokens)
+            .min(budget.logit_rows);
+        let spare = self.running.len();
+        for planned in &mut plan.sequences {
+            let Some(sequence) = self.sequences.get_mut(&planned.id) else {
+                unreachable!("planned sequences are alive");
+            };
+            let decodes = planned.samples && planned.rows == 1 && sequence.prompt_done();
+            if room > 0 && decodes {
+                planned.drafts = sequence.draft(room, &mut self.pool, spare);
+                planned.rows += planned.drafts;
+                planned.logit_rows += planned.drafts;
+                room -= planned.drafts;
+            }
+        }
+    }
+
     /// Makes sure that a decode has a block to write to. False: the sequence itself had to go.
     fn provide_block(&mut self, id: SeqId, plan: &mut Plan) -> bool {
         while self.get(id).lacks_block() {
@@ -251,16 +289,18 @@ impl Scheduler {
             rows: end - start,
             logits_from: first - start,
             logit_rows,
+            drafts: 0,
             samples: end == sequence.tokens().len() && wanted.end == end,
         });
     }
 
-    /// The rows of `planned` are computed. Returns whether this completed its prompt for the first time.
+    /// The rows of `planned` are computed, those of guesses apart, which count as soon as they are right. Returns whether this
+    /// completed its prompt for the first time.
     pub fn advance(&mut self, planned: &PlannedSequence) -> bool {
         let Some(sequence) = self.sequences.get_mut(&planned.id) else {
             return false;
         };
-        let completed = sequence.advance(planned.rows, &mut self.pool);
+        let completed = sequence.advance(planned.rows - planned.drafts, &mut self.pool);
         if completed {
             self.wake_followers(planned.id);
         }
@@ -271,6 +311,27 @@ impl Scheduler {
     pub fn append(&mut self, id: SeqId, token: TokenId) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.append(token);
+        }
+    }
+
+    /// Whether the token just appended is what the step of `planned` guessed after `accepted` right guesses: then it is
+    /// computed already.
+    pub fn accept(&mut self, planned: &PlannedSequence, accepted: usize) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&planned.id) else {
+            return false;
+        };
+        let guess = sequence.drafted()[..planned.drafts].get(accepted);
+        let right = guess.is_some() && guess == sequence.tokens().last();
+        if right {
+            sequence.advance(1, &mut self.pool);
+        }
+        right
+    }
+
+    /// The step of `planned` had drafts, of which the first `accepted` were right.
+    pub fn verified(&mut self, planned: &PlannedSequence, accepted: usize) {
+        if let Some(sequence) = self.sequences.get_mut(&planned.id) {
+            sequence.verified(planned.drafts, accepted);
         }
     }
 
@@ -402,7 +463,7 @@ mod tests {
             prompt: (0..prompt as u32).map(TokenId).collect(),
             gates,
             root: root.hash(),
-            samples: true,
+            max_tokens: 1000,
             prompt_logits: false,
             prompt_gates: false,
         }
@@ -413,6 +474,7 @@ mod tests {
             tokens,
             sequences: 4,
             logit_rows,
+            speculation: Speculation::OFF,
         };
         Scheduler::new(limits, blocks)
     }

@@ -3,8 +3,10 @@
 //! Invariant: `computed <= tokens`, the blocks cover at least the computed positions, and the first `published` blocks are full,
 //! computed and named.
 
+use super::draft::Drafter;
 use super::pool::BlockPool;
 use super::prefix::BlockHash;
+use crate::config::Speculation;
 use crate::types::{BLOCK_TOKENS, BlockId, GateOverride, SeqId, TokenId};
 
 /// A request in the engine, unique for the life of the process.
@@ -24,8 +26,8 @@ pub struct NewSequence {
     pub gates: GateOverride,
     /// Start of its chain of blocks.
     pub root: BlockHash,
-    /// Whether the last prompt token's logits are wanted: not when no token will be generated.
-    pub samples: bool,
+    /// Tokens of the answer at most. With 0, the last prompt token's logits are not wanted.
+    pub max_tokens: usize,
     /// Whether the logits of all prompt tokens but the last are wanted.
     pub prompt_logits: bool,
     /// Whether the gates of all prompt tokens are wanted.
@@ -49,7 +51,7 @@ pub struct Sequence {
     request: RequestId,
     choice: u32,
     gates: GateOverride,
-    samples: bool,
+    max_tokens: usize,
     tokens: Vec<TokenId>,
     prompt_tokens: usize,
     /// Positions before this one whose logits were wanted have been delivered; `prompt_tokens - 1` where none were wanted.
@@ -64,18 +66,21 @@ pub struct Sequence {
     root: BlockHash,
     /// Names of the first full blocks of `tokens`, as far as anyone has asked.
     names: Vec<BlockHash>,
+    drafter: Drafter,
+    /// What the last draft guessed to follow `tokens` as they were then.
+    drafted: Vec<TokenId>,
     pub(super) place: Place,
 }
 
 impl Sequence {
-    pub(super) fn new(new: NewSequence, place: Place) -> Self {
+    pub(super) fn new(new: NewSequence, speculation: Speculation, place: Place) -> Self {
         let prompt_tokens = new.prompt.len();
         let last = prompt_tokens.saturating_sub(1);
         Self {
             request: new.request,
             choice: new.choice,
             gates: new.gates,
-            samples: new.samples,
+            max_tokens: new.max_tokens,
             tokens: new.prompt,
             prompt_tokens,
             delivered: if new.prompt_logits { 0 } else { last },
@@ -87,6 +92,9 @@ impl Sequence {
             published: 0,
             root: new.root,
             names: Vec::new(),
+            drafter: Drafter::new(speculation),
+            // Of full length at once: a step allocates nothing.
+            drafted: Vec::with_capacity(speculation.speculative_tokens),
             place,
         }
     }
@@ -154,7 +162,7 @@ impl Sequence {
         } else {
             self.delivered
         };
-        start..last + usize::from(self.samples)
+        start..last + usize::from(self.max_tokens > 0)
     }
 
     /// Positions whose gates are wanted still.
@@ -202,6 +210,40 @@ impl Sequence {
 
     pub(super) fn add_block(&mut self, block: BlockId) {
         self.blocks.push(block);
+    }
+
+    /// The last draft.
+    pub fn drafted(&self) -> &[TokenId] {
+        &self.drafted
+    }
+
+    /// Guesses at what follows, at most `most` tokens, and takes the blocks they need, but leaves `spare`: nobody shall lose
+    /// a block to a guess. Returns how many there are.
+    pub(super) fn draft(&mut self, most: usize, pool: &mut BlockPool, spare: usize) -> usize {
+        // A step samples one token more than it guesses.
+        let left = self.max_tokens.saturating_sub(self.generated() + 1);
+        let most = most.min(left);
+        self.drafter.draft(&self.tokens, most, &mut self.drafted);
+        while self.tokens.len() + self.drafted.len() > self.blocks.len() * BLOCK_TOKENS {
+            match (pool.available() > spare)
+                .then(|| pool.allocate())
+                .flatten()
+            {
+                Some(block) => self.blocks.push(block),
+                None => {
+                    let room = self.blocks.len() * BLOCK_TOKENS;
+                    self.drafted
+                        .truncate(room.saturating_sub(self.tokens.len()));
+                    break;
+                }
+            }
+        }
+        self.drafted.len()
+    }
+
+    /// Of the last draft, the first `accepted` tokens were right.
+    pub(super) fn verified(&mut self, drafted: usize, accepted: usize) {
+        self.drafter.verified(drafted, accepted, self.tokens.len());
     }
 
     /// Gives all blocks back; everything will be computed again, but for what is found in the cache.

@@ -50,18 +50,40 @@ struct ModelFacts {
 struct Rows<'a> {
     /// (logit rows, vocabulary).
     logits: &'a [f32],
-    /// (rows, 2 a layer); empty without experts.
+    /// (rows, 2 * layers); empty without experts.
     gates: &'a [f32],
-    /// Numbers in a row of gates.
-    gate_width: usize,
     /// Which of the step's logit rows the last one is, where the device has sampled from them.
-    sampled: Option<usize>,
+    drawn: Option<usize>,
 }
 
-impl Rows<'_> {
-    /// Gates of the last row; empty without experts.
-    fn last_gates(&self) -> &[f32] {
-        &self.gates[self.gates.len().saturating_sub(self.gate_width)..]
+/// One row whose logits choose a token.
+struct Row<'a> {
+    /// (vocabulary); empty where the device has chosen.
+    logits: &'a [f32],
+    /// Which of the step's logit rows it is, where the device has chosen.
+    drawn: Option<usize>,
+    /// (2 * layers), or empty.
+    gates: &'a [f32],
+}
+
+impl<'a> Rows<'a> {
+    /// The row that chooses a token after `accepted` right guesses.
+    fn sampled(&self, planned: &PlannedSequence, accepted: usize, model: &ModelFacts) -> Row<'a> {
+        let part = |all: &'a [f32], rows: usize, width: usize| {
+            let row = rows - 1 - planned.drafts + accepted;
+            &all[row * width..(row + 1) * width]
+        };
+        Row {
+            logits: match self.drawn {
+                Some(_) => &[],
+                None => part(self.logits, planned.logit_rows, model.vocabulary),
+            },
+            drawn: self.drawn,
+            gates: match self.gates {
+                [] => &[],
+                gates => part(gates, planned.rows, model.gates),
+            },
+        }
     }
 }
 
@@ -76,6 +98,7 @@ impl Sessions {
             tokens: config.batch_tokens_max.min(limits.rows),
             sequences: config.sequences_max.min(limits.sequences),
             logit_rows: limits.logit_rows,
+            speculation: config.speculation,
         };
         Self {
             scheduler: Scheduler::new(scheduler_limits, limits.blocks),
@@ -114,7 +137,7 @@ impl Sessions {
                 prompt: prompt.clone(),
                 gates: submission.gates,
                 root,
-                samples: submission.sampling.max_tokens > 0,
+                max_tokens: submission.sampling.max_tokens as usize,
                 prompt_logits: lead.is_none() && submission.prompt_logprobs.is_some(),
                 prompt_gates: lead.is_none() && submission.prompt_gates,
             };
@@ -198,7 +221,8 @@ impl Sessions {
         (sequences, &self.batch, &mut self.sampled)
     }
 
-    /// Says how to sample from the planned step's logits; not where some are wanted for more, as log-probabilities of a prompt are.
+    /// Says how to sample from the planned step's logits; not where some are wanted for more, as log-probabilities
+    /// of a prompt and the rows of guesses are.
     pub(super) fn describe_samples(&mut self) {
         self.batch.clear_samples();
         for planned in &self.plan.sequences {
@@ -233,21 +257,20 @@ impl Sessions {
         let plan = std::mem::take(&mut self.plan);
         let (mut row, mut logit_row) = (0, 0);
         for planned in &plan.sequences {
+            let gates = row * self.model.gates;
             row += planned.rows;
             let logits = logit_row * self.model.vocabulary;
             logit_row += planned.logit_rows;
-            let gates = match output.gates {
-                [] => &[],
-                gates => &gates[(row - planned.rows) * self.model.gates..row * self.model.gates],
-            };
             let rows = Rows {
                 logits: match sampled {
                     true => &[],
                     false => &output.logits[logits..logit_row * self.model.vocabulary],
                 },
-                gates,
-                gate_width: self.model.gates,
-                sampled: sampled.then(|| logit_row.saturating_sub(1)),
+                gates: match output.gates {
+                    [] => &[],
+                    all => &all[gates..row * self.model.gates],
+                },
+                drawn: sampled.then(|| logit_row.saturating_sub(1)),
             };
             self.commit_sequence(planned, &rows, now);
         }
@@ -272,10 +295,7 @@ impl Sessions {
             request.prompt_done(&self.metrics);
         }
         let end = if planned.samples {
-            match self.sample(id, choice, planned, rows, now) {
-                Ok(end) => end.map(End::Finished),
-                Err(error) => Some(End::Failed(error.to_string())),
-            }
+            self.sample_rows(id, choice, planned, rows, now)
         } else if prompt_completed && request.sampling.max_tokens == 0 {
             Some(End::Finished(FinishReason::Length))
         } else {
@@ -313,7 +333,7 @@ impl Sessions {
         planned: &PlannedSequence,
         rows: &Rows<'_>,
     ) -> Result<(), SampleError> {
-        let reported = planned.logit_rows - usize::from(planned.samples);
+        let reported = planned.logit_rows - usize::from(planned.samples) - planned.drafts;
         let request = self.requests.get_mut(&id);
         let sequence = self.scheduler.sequence(planned.id);
         let (Some(request), Some(sequence)) = (request, sequence) else {
@@ -333,17 +353,50 @@ impl Sessions {
         Ok(())
     }
 
-    /// Chooses a choice's next token. `Some`: the answer ends with it.
-    fn sample(
+    /// Chooses a choice's next token, and the one after it as long as the step guessed right: from the very logits that a
+    /// step without guesses would have made next.
+    fn sample_rows(
         &mut self,
         id: RequestId,
         choice: u32,
         planned: &PlannedSequence,
         rows: &Rows<'_>,
         now: Instant,
+    ) -> Option<End> {
+        let mut accepted = 0;
+        let end = loop {
+            let row = rows.sampled(planned, accepted, &self.model);
+            let end = match self.sample(id, choice, planned.id, &row, now) {
+                Ok(end) => end.map(End::Finished),
+                Err(error) => break Some(End::Failed(error.to_string())),
+            };
+            let right = self.scheduler.accept(planned, accepted);
+            accepted += usize::from(right);
+            if end.is_some() || !right {
+                break end;
+            }
+        };
+        if planned.drafts > 0 {
+            self.scheduler.verified(planned, accepted);
+            let metrics = &self.metrics;
+            metrics.spec_decode_drafts.increment();
+            metrics.spec_decode_draft_tokens.add(planned.drafts as u64);
+            metrics.spec_decode_accepted_tokens.add(accepted as u64);
+        }
+        end
+    }
+
+    /// Chooses a choice's next token. `Some`: the answer ends with it.
+    fn sample(
+        &mut self,
+        id: RequestId,
+        choice: u32,
+        sequence_id: SeqId,
+        row: &Row<'_>,
+        now: Instant,
     ) -> Result<Option<FinishReason>, SampleError> {
         let request = self.requests.get_mut(&id);
-        let sequence = self.scheduler.sequence(planned.id);
+        let sequence = self.scheduler.sequence(sequence_id);
         let (Some(request), Some(sequence)) = (request, sequence) else {
             return Ok(None);
         };
@@ -352,10 +405,10 @@ impl Sessions {
         let Some(history) = request.history(choice) else {
             return Ok(None);
         };
-        let (token, logprobs) = match rows.sampled {
+        let (token, logprobs) = match row.drawn {
             Some(at) => drawn(&mut self.sampled, at)?,
             None => {
-                let logits = &rows.logits[rows.logits.len() - self.model.vocabulary..];
+                let logits = row.logits;
                 let position = position(choice, sequence, &self.model.eos);
                 let token = self.sampler.sample(logits, params, history, position)?;
                 let top = params.logprobs.map(|top| top as usize);
@@ -367,14 +420,8 @@ impl Sessions {
             || (!params.ignore_eos && self.model.eos.contains(&token));
         let is_last = generated + 1 >= params.max_tokens as usize;
         let token_and_logprobs = (token, logprobs);
-        request.token(
-            choice,
-            token_and_logprobs,
-            rows.last_gates(),
-            now,
-            &self.metrics,
-        );
-        self.scheduler.append(planned.id, token);
+        request.token(choice, token_and_logprobs, row.gates, now, &self.metrics);
+        self.scheduler.append(sequence_id, token);
         Ok(match (is_end, is_last) {
             (true, _) => Some(FinishReason::Stop),
             (false, true) => Some(FinishReason::Length),

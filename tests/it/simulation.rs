@@ -10,6 +10,7 @@ mod rig;
 
 use std::collections::HashMap;
 
+use midpo::config::Speculation;
 use midpo::engine::prefix::{PrefixRoot, Sharing};
 use midpo::engine::scheduler::{Plan, PlannedSequence, Scheduler, SchedulerLimits};
 use midpo::engine::sequence::{NewSequence, Place, RequestId};
@@ -51,9 +52,13 @@ fn memory(root: u64, tokens: &[TokenId]) -> u64 {
         .fold(root, |state, token| mix(state, u64::from(token.0) + 1))
 }
 
-/// The answer's next token, which depends on all before it.
+/// The answer's next token, which depends on all before it: most repeat the last but two, so that guesses are right at times.
 fn next_token(root: u64, tokens: &[TokenId]) -> TokenId {
-    TokenId((memory(root, tokens) % 97) as u32)
+    let memory = memory(root, tokens);
+    match tokens {
+        [.., earlier, _, _] if !memory.is_multiple_of(8) => *earlier,
+        _ => TokenId((memory / 8 % 97) as u32),
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +86,8 @@ struct Tally {
     ended: usize,
     preempted: usize,
     cached_tokens: usize,
+    drafted: usize,
+    accepted: usize,
 }
 
 struct Simulation {
@@ -160,7 +167,7 @@ impl Simulation {
                 prompt: prompt.clone(),
                 gates: variant.gates(),
                 root: root_hash(variant),
-                samples: max_tokens > 0,
+                max_tokens,
                 prompt_logits,
                 prompt_gates,
             };
@@ -218,9 +225,24 @@ impl Simulation {
         assert!(logit_rows <= self.world.limits.logit_rows);
         assert!(planned.len() <= self.world.limits.sequences);
         let (decodes, prefills) = planned.split_at(self.plan.decodes);
-        assert!(decodes.iter().all(|planned| planned.rows == 1));
+        assert!(
+            decodes
+                .iter()
+                .all(|planned| planned.rows == 1 + planned.drafts)
+        );
         let beside: usize = prefills.iter().map(|planned| planned.rows).sum();
         assert!(decodes.is_empty() || beside <= prefill_tokens);
+        for planned in planned.iter().filter(|planned| planned.drafts > 0) {
+            let sequence = self.scheduler.sequence(planned.id).unwrap();
+            let most = self.world.limits.speculation.speculative_tokens;
+            assert!(planned.drafts <= most && planned.rows == 1 + planned.drafts);
+            assert_eq!(planned.rows, planned.logit_rows);
+            assert!(planned.samples && sequence.generated() > 0);
+            let stream = &self.streams[&planned.id];
+            assert!(sequence.generated() + planned.drafts < stream.max_tokens);
+            // Only what is left when all others have their rows.
+            assert!(rows <= 8, "{rows} rows in a step with drafts");
+        }
         let mut oldest_left_out = None;
         for id in self.streams.keys() {
             let sequence = self.scheduler.sequence(*id).unwrap();
@@ -246,7 +268,8 @@ impl Simulation {
 
     fn write(&mut self, planned: &PlannedSequence) {
         let sequence = self.scheduler.sequence(planned.id).unwrap();
-        let (tokens, blocks) = (sequence.tokens().to_vec(), sequence.blocks().to_vec());
+        let (mut tokens, blocks) = (sequence.tokens().to_vec(), sequence.blocks().to_vec());
+        tokens.extend_from_slice(&sequence.drafted()[..planned.drafts]);
         assert_eq!(sequence.computed(), planned.start);
         let root = self.streams[&planned.id].root;
         for position in planned.start..planned.start + planned.rows {
@@ -257,7 +280,8 @@ impl Simulation {
     /// What the step reads is what this very sequence would have written.
     fn check_memory(&mut self, planned: &PlannedSequence) {
         let sequence = self.scheduler.sequence(planned.id).unwrap();
-        let (tokens, blocks) = (sequence.tokens().to_vec(), sequence.blocks().to_vec());
+        let (mut tokens, blocks) = (sequence.tokens().to_vec(), sequence.blocks().to_vec());
+        tokens.extend_from_slice(&sequence.drafted()[..planned.drafts]);
         let mut want = self.streams[&planned.id].root;
         for (position, token) in tokens.iter().enumerate().take(planned.start + planned.rows) {
             want = mix(want, u64::from(token.0) + 1);
@@ -268,7 +292,7 @@ impl Simulation {
     fn commit(&mut self, planned: &PlannedSequence) {
         let sequence = self.scheduler.sequence(planned.id).unwrap();
         let stream = self.streams.get_mut(&planned.id).unwrap();
-        let reported = planned.logit_rows - usize::from(planned.samples);
+        let reported = planned.logit_rows - usize::from(planned.samples) - planned.drafts;
         let first = planned.start + planned.logits_from;
         if let Some(positions) = &mut stream.prompt_logits {
             positions.extend(first..first + reported);
@@ -281,13 +305,27 @@ impl Simulation {
             Some(positions) => positions.extend(told),
             None => assert!(wanted.is_empty(), "gates that nobody asked for"),
         }
-        let tokens = sequence.tokens().to_vec();
+        let mut tokens = sequence.tokens().to_vec();
         self.scheduler.advance(planned);
         let over = if planned.samples {
-            assert_eq!(first + planned.logit_rows, tokens.len());
-            let token = next_token(stream.root, &tokens);
-            stream.answer.push(token);
-            self.scheduler.append(planned.id, token);
+            assert_eq!(first + planned.logit_rows, tokens.len() + planned.drafts);
+            let mut accepted = 0;
+            loop {
+                let token = next_token(stream.root, &tokens);
+                tokens.push(token);
+                stream.answer.push(token);
+                self.scheduler.append(planned.id, token);
+                if !self.scheduler.accept(planned, accepted) {
+                    break;
+                }
+                accepted += 1;
+            }
+            if planned.drafts > 0 {
+                self.scheduler.verified(planned, accepted);
+            }
+            self.tally.drafted += planned.drafts;
+            self.tally.accepted += accepted;
+            assert!(accepted <= planned.drafts);
             stream.answer.len() == stream.max_tokens
         } else {
             stream.max_tokens == 0 && planned.start + planned.rows == tokens.len()
@@ -333,6 +371,15 @@ fn root_hash(variant: Variant) -> midpo::engine::prefix::BlockHash {
     root.hash()
 }
 
+/// Rules of guesses; off at times.
+pub(crate) fn speculations() -> impl Strategy<Value = Speculation> {
+    (0usize..8, 1usize..6, 1usize..6).prop_map(|(tokens, one, other)| Speculation {
+        speculative_tokens: tokens,
+        prompt_lookup_max: one.max(other),
+        prompt_lookup_min: one.min(other),
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -343,8 +390,9 @@ proptest! {
         tokens in 1usize..80,
         sequences in 1usize..12,
         logit_rows in 1usize..40,
+        speculation in speculations(),
     ) {
-        let limits = SchedulerLimits { tokens, sequences, logit_rows };
+        let limits = SchedulerLimits { tokens, sequences, logit_rows, speculation };
         Simulation::new(World { seed, blocks, limits }).run(150);
     }
 }
@@ -355,6 +403,11 @@ fn scheduler_survives_thousands_of_requests_in_a_tiny_cache() {
         tokens: 96,
         sequences: 8,
         logit_rows: 24,
+        speculation: Speculation {
+            speculative_tokens: 3,
+            prompt_lookup_max: 4,
+            prompt_lookup_min: 2,
+        },
     };
     let world = World {
         seed: 1,
@@ -366,4 +419,7 @@ fn scheduler_survives_thousands_of_requests_in_a_tiny_cache() {
     // The workload would prove little if it met neither.
     assert!(tally.preempted > 50, "{}", tally.preempted);
     assert!(tally.cached_tokens > 1000, "{}", tally.cached_tokens);
+    assert!(tally.accepted > 200, "{}", tally.accepted);
+    let rejected = tally.drafted - tally.accepted;
+    assert!(rejected > 200, "{rejected}");
 }

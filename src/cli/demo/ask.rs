@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cli::{CliError, engine};
-use crate::config::{Device, KvBudget, KvDType, ModelSource, RuntimeConfig, WeightDType};
+use crate::config::{
+    Device, KvBudget, KvDType, ModelSource, RuntimeConfig, Speculation, WeightDType,
+};
 use crate::engine::{EngineHandle, EngineThread, Event, EventStream, GateDetail, Submission};
 use crate::metrics::Metrics;
 use crate::server::ServedModel;
@@ -58,6 +60,8 @@ impl Answerer {
             sequences_max: SEQUENCES_MAX,
             queue_max: WINDOW,
             prefix_cache: true,
+            // Many answers at once fill a step without guesses.
+            speculation: Speculation::OFF,
         };
         let metrics = Arc::new(Metrics::new("demo"));
         let running = engine::start(source, &runtime, metrics)?;

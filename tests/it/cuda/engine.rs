@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use midpo::backend::{Backend, KvFormat, StepLayout, StepSequence, WeightFormat};
-use midpo::config::EngineConfig;
+use midpo::config::{EngineConfig, Speculation};
 use midpo::engine::sampler::{History, Position, Sampler};
 use midpo::engine::{
     Engine, Event, EventStream, GateDetail, GeneratedToken, Submission, TokenLogprobs,
@@ -30,6 +30,7 @@ fn config() -> EngineConfig {
         context_tokens_max: 128,
         kv_blocks: 64,
         prefix_cache: false,
+        speculation: Speculation::OFF,
     }
 }
 

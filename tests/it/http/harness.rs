@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use midpo::backend::{Backend, KvFormat, WeightFormat, reference::Reference};
 use midpo::checkpoint::{self, Sources, Verify};
-use midpo::config::{EngineConfig, Policy, RequestLimits, ServerConfig};
+use midpo::config::{EngineConfig, Policy, RequestLimits, ServerConfig, Speculation};
 use midpo::engine::{self, Engine, EngineState, EngineThread};
 use midpo::metrics::Metrics;
 use midpo::model::RoutedLlama;
@@ -45,6 +45,12 @@ impl Default for Setup {
                 context_tokens_max: 320,
                 kv_blocks: 256,
                 prefix_cache: true,
+                // As by default; answers are the same without.
+                speculation: Speculation {
+                    speculative_tokens: 3,
+                    prompt_lookup_max: 5,
+                    prompt_lookup_min: 2,
+                },
             },
             server: ServerConfig {
                 served_model_name: MODEL.to_owned(),

@@ -3,18 +3,19 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use midpo::config::EngineConfig;
+use midpo::config::{EngineConfig, Speculation};
 use midpo::engine::{Engine, EngineState, GateDetail, Submission, SubmitError};
 use midpo::metrics::{Gate, Label, Metrics, Refusal};
 use midpo::types::{FinishReason, GateRule, TokenId, Variant};
+use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::Random;
 use super::fragile::{Faults, Fragile};
 use super::rig::{
     Answer, End, Rig, checkpoint, cpu, fixture, greedy, ids, logprob_bits, model, random, roomy,
 };
+use super::{Random, speculations};
 
 /// A prompt of the golden files, with each variant's greedy continuation.
 struct Golden {
@@ -619,13 +620,168 @@ fn a_model_without_experts_serves_its_base_only() {
     }
 }
 
+/// [`roomy`], with guesses from the shortest runs: many, and many of them wrong.
+fn guessing() -> EngineConfig {
+    EngineConfig {
+        speculation: Speculation {
+            speculative_tokens: 3,
+            prompt_lookup_max: 4,
+            prompt_lookup_min: 1,
+        },
+        ..roomy()
+    }
+}
+
+/// A request whose answer repeats itself more or less, with parameters that look back at it.
+fn repetitive(numbers: &mut Random) -> Submission {
+    let n = numbers.next() as u32;
+    let cycle = ids(n % 3, 1 + numbers.below(6));
+    let prompt: Vec<u32> = cycle
+        .into_iter()
+        .cycle()
+        .take(1 + n as usize % 40)
+        .collect();
+    let variant = Variant::ALL[numbers.below(5)];
+    let mut submission = random(&prompt, variant, n % 40, u64::from(n));
+    submission.choices = 1 + u32::from(numbers.one_in(4));
+    let sampling = &mut submission.sampling;
+    sampling.temperature = [0.0, 0.0, 0.7][numbers.below(3)];
+    sampling.repetition_penalty = [1.0, 1.0, 1.3][numbers.below(3)];
+    sampling.frequency_penalty = [0.0, 0.0, 0.4][numbers.below(3)];
+    sampling.ignore_eos = numbers.one_in(2);
+    sampling.min_tokens = (n % 7).min(sampling.max_tokens);
+    // Few tokens left: loops, or coin tosses.
+    let left = [0, 1, 2, 2, 3][numbers.below(5)];
+    sampling.logit_bias = (0..left).map(|i| (TokenId(2 + i), 60.0)).collect();
+    if numbers.one_in(3) {
+        sampling.stop_token_ids = vec![TokenId(2 + left)];
+    }
+    submission
+}
+
+type Said = (Option<End>, Vec<u32>);
+
+fn said(answers: &[Answer]) -> Vec<Vec<Said>> {
+    let choices = |answer: &Answer| {
+        let choices = answer.choices.iter();
+        choices
+            .map(|choice| (choice.end.clone(), choice.bits()))
+            .collect()
+    };
+    answers.iter().map(choices).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn answers_have_the_same_bits_and_ends_with_guesses_in_any_world(
+        seed: u64,
+        batch_tokens_max in 1usize..48,
+        sequences_max in 1usize..6,
+        kv_blocks in 6usize..24,
+        prefix_cache: bool,
+        speculation in speculations(),
+    ) {
+        let mut numbers = Random(seed);
+        let submissions: Vec<Submission> = (0..6).map(|_| repetitive(&mut numbers)).collect();
+        let want = said(&Rig::new("tiny-routed", &roomy()).answers(&submissions));
+        let config = EngineConfig {
+            batch_tokens_max, sequences_max, kv_blocks, prefix_cache, speculation, ..roomy()
+        };
+        // The second time over what the first, with its wrong guesses, left in the cache.
+        let mut rig = Rig::new("tiny-routed", &config);
+        for _ in 0..2 {
+            prop_assert!(said(&rig.answers(&submissions)) == want);
+        }
+    }
+}
+
+#[test]
+fn guesses_cost_a_row_each_and_save_a_step_where_they_are_right() {
+    let mut numbers = Random(5);
+    let submissions: Vec<Submission> = (0..40)
+        .map(|_| {
+            let mut submission = repetitive(&mut numbers);
+            (submission.choices, submission.sampling.ignore_eos) = (1, true);
+            submission.sampling.stop_token_ids.clear();
+            submission.sampling.max_tokens += 1;
+            submission
+        })
+        .collect();
+    let without_cache = |config| EngineConfig {
+        prefix_cache: false,
+        ..config
+    };
+    let run = |config: EngineConfig| {
+        let mut rig = Rig::new("tiny-routed", &without_cache(config));
+        let answers: Vec<Answer> = submissions.iter().map(|one| rig.answer(one)).collect();
+        (said(&answers), rig.metrics)
+    };
+    let (want, plain) = run(roomy());
+    let (found, guessed) = run(guessing());
+    assert!(found == want);
+    assert_eq!(plain.spec_decode_drafts.get(), 0);
+    let drafts = guessed.spec_decode_drafts.get();
+    let drafted = guessed.spec_decode_draft_tokens.get();
+    let accepted = guessed.spec_decode_accepted_tokens.get();
+    assert!(
+        (drafts..=3 * drafts).contains(&drafted),
+        "{drafts} {drafted}"
+    );
+    // The workload would prove little if it met only one kind.
+    assert!(
+        accepted > 50 && drafted - accepted > 50,
+        "{accepted} of {drafted}"
+    );
+    let rejected = (drafted - accepted) as f64;
+    assert_eq!(
+        guessed.step_tokens.sum(),
+        plain.step_tokens.sum() + rejected
+    );
+    // One at a time: a step fewer for each right guess.
+    assert_eq!(
+        guessed.step_tokens.count() + accepted,
+        plain.step_tokens.count()
+    );
+    let generated =
+        |metrics: &Metrics| -> u64 { metrics.generated_tokens.iter().map(|c| c.get()).sum() };
+    assert_eq!(generated(&guessed), generated(&plain));
+}
+
+#[test]
+fn only_tokens_that_were_generated_are_found_in_the_prefix_cache() {
+    let mut rig = Rig::new("tiny-routed", &guessing());
+    // Two tokens at random: guesses are wrong half of the time.
+    let mut first = random(&ids(2, 3), Variant::Routed, 90, 4);
+    first.sampling.logit_bias = vec![(TokenId(7), 60.0), (TokenId(8), 60.0)];
+    let answer = rig.answer(&first);
+    let metrics = &rig.metrics;
+    assert!(metrics.spec_decode_draft_tokens.get() > metrics.spec_decode_accepted_tokens.get());
+    let mut turn = first.clone();
+    turn.prompt
+        .extend(answer.only().ids().into_iter().map(TokenId));
+    turn.prompt.push(TokenId(9));
+    let fresh = Rig::new("tiny-routed", &roomy()).answer(&turn);
+    let found = rig.answer(&turn);
+    // 3 + 89 positions were computed: five blocks.
+    assert_eq!(found.cached_tokens, Some(80));
+    assert!(found.only().bits() == fresh.only().bits());
+}
+
 #[test]
 fn metrics_add_up_after_random_work() {
+    for config in [roomy(), guessing()] {
+        check_random_work(&config);
+    }
+}
+
+fn check_random_work(config: &EngineConfig) {
     let config = EngineConfig {
         kv_blocks: 14,
         batch_tokens_max: 40,
         sequences_max: 6,
-        ..roomy()
+        ..config.clone()
     };
     let mut rig = Rig::new("tiny-routed", &config);
     let mut random_numbers = Random(11);
@@ -655,6 +811,13 @@ fn metrics_add_up_after_random_work() {
     rig.run();
     answers.extend(open.drain(..).map(|mut stream| Answer::read(&mut stream)));
     check_sums(&rig.metrics, requests, dropped, &answers);
+    let metrics = &rig.metrics;
+    let drafts = metrics.spec_decode_drafts.get();
+    let drafted = metrics.spec_decode_draft_tokens.get();
+    let most = config.speculation.speculative_tokens as u64;
+    assert_eq!(drafts > 0, most > 0);
+    assert!((drafts..=most * drafts).contains(&drafted));
+    assert!(metrics.spec_decode_accepted_tokens.get() <= drafted);
     assert_eq!(rig.held(), 0);
 }
 

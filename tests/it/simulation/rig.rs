@@ -7,7 +7,7 @@ use std::time::Duration;
 use midpo::backend::cpu::{Cpu, CpuOptions};
 use midpo::backend::{Backend, KvFormat, WeightFormat};
 use midpo::checkpoint::{Checkpoint, Sources, load};
-use midpo::config::EngineConfig;
+use midpo::config::{EngineConfig, Speculation};
 use midpo::engine::{
     Engine, EngineHandle, Event, EventStream, GateDetail, GeneratedToken, PromptGates, Submission,
     TokenLogprobs, model_options,
@@ -52,6 +52,7 @@ pub(super) fn roomy() -> EngineConfig {
         context_tokens_max: 512,
         kv_blocks: 1024,
         prefix_cache: true,
+        speculation: Speculation::OFF,
     }
 }
 
