@@ -1,7 +1,7 @@
 //! With the `cuda` feature: compiles `kernels/*.cu` into fatbins for the binary to hold. Without it there is nothing to do.
 //!
 //! nvcc is looked for at NVCC, CUDA_HOME, CUDA_PATH, /usr/local/cuda and in PATH. Where there is none, the crate can be checked but not
-//! built: `src/backend/device.rs` says so. MIDPO_CUDA_ARCHS=90a makes a quick build for one GPU.
+//! built: `src/backend/device` says so. MIDPO_CUDA_ARCHS=90a makes a quick build for one GPU.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -111,7 +111,7 @@ fn compile(nvcc: &Path, kernel: &Path, out: &Path) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-/// What `src/backend/device.rs` includes. The assertion is evaluated when code is generated, not when it is checked.
+/// What `src/backend/device` includes. The assertion is evaluated when code is generated, not when it is checked.
 fn table(kernels: &[PathBuf]) -> String {
     let names = kernels
         .iter()

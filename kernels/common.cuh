@@ -20,15 +20,24 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // Entry points NAME_bf16 and NAME_f16 of the template NAME<T>: KERNEL(copy, (128), (T* to, const T* from), (to, from))
-#define KERNEL_FOR(name, T_, bounds, params, args)                                          \
-    namespace name##_with_##T_ {                                                            \
-    using T = T_;                                                                           \
-    extern "C" __global__ void __launch_bounds__ bounds name##_##T_ params { ::name<T> args; } \
-    EXPORT(name##_##T_)                                                                     \
+// A kernel may start while the one before it still runs (src/backend/device), so it waits before it does anything: all
+// of it (KERNEL), or the template itself once it has fetched what no kernel writes (EARLY_KERNEL).
+#define KERNEL_FOR(name, T_, bounds, params, args, wait)               \
+    namespace name##_with_##T_ {                                       \
+    using T = T_;                                                      \
+    extern "C" __global__ void __launch_bounds__ bounds name##_##T_ params { \
+        ptx::let_kernels_behind_start();                               \
+        wait;                                                          \
+        ::name<T> args;                                                \
+    }                                                                  \
+    EXPORT(name##_##T_)                                                \
     }
-#define KERNEL(name, bounds, params, args)        \
-    KERNEL_FOR(name, bf16, bounds, params, args) \
-    KERNEL_FOR(name, f16, bounds, params, args)
+#define KERNEL(name, bounds, params, args)                                          \
+    KERNEL_FOR(name, bf16, bounds, params, args, ptx::wait_for_kernels_before()) \
+    KERNEL_FOR(name, f16, bounds, params, args, ptx::wait_for_kernels_before())
+#define EARLY_KERNEL(name, bounds, params, args)    \
+    KERNEL_FOR(name, bf16, bounds, params, args, ) \
+    KERNEL_FOR(name, f16, bounds, params, args, )
 
 #ifdef MIDPO_EMU
 #define EXPORT(name) static const emu::Entry name##_entry(#name, emu::Thunk<&name>::kinds, &emu::Thunk<&name>::call);
@@ -132,6 +141,21 @@ namespace ptx {
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
+// Until all kernels before this one are done and what they wrote is seen. Every thread of every kernel calls it: so one that is done tells
+// that all before it are, too.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel behind this one may be put on the device as soon as all blocks of this one are there, beside them.
+__device__ __forceinline__ void let_kernels_behind_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // 16 bytes from global to shared memory without passing through registers; zeros when !valid.
 __device__ __forceinline__ void cp_async_16(void* shared_to, const void* from, bool valid) {
 #ifdef MIDPO_EMU
@@ -139,6 +163,16 @@ __device__ __forceinline__ void cp_async_16(void* shared_to, const void* from, b
 #else
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_to)), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// The same of a stream that goes on behind it: the 256 bytes around go to the L2 cache at once.
+__device__ __forceinline__ void cp_async_16_of_stream(void* shared_to, const void* from, bool valid) {
+#ifdef MIDPO_EMU
+    emu::async_copy(shared_to, from, 16, valid ? 16 : 0);
+#else
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared_to)), "l"(from), "r"(bytes) : "memory");
 #endif
 }
 

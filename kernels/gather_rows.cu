@@ -7,6 +7,8 @@
 // y (r, d_padded), x (n, d_padded), rows (r): each below n.
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
 gather_rows(float* __restrict__ y, const float* __restrict__ x, const int* __restrict__ rows, int d_padded) {
+    ptx::let_kernels_behind_start();
+    ptx::wait_for_kernels_before();
     const float4* from = reinterpret_cast<const float4*>(x + size_t(rows[blockIdx.x]) * d_padded);
     float4* to = reinterpret_cast<float4*>(y + size_t(blockIdx.x) * d_padded);
     for (int i = threadIdx.x; i < d_padded / 4; i += GATHER_THREADS) to[i] = from[i];

@@ -306,6 +306,8 @@ __device__ __forceinline__ int choose(SampleShared& shared, const float* row, in
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 2)
 sample(int* chosen, float* logprobs, int* top_tokens, const float* logits, float* work, const uint32_t* wants, const int* lists,
        const uint32_t* allowed, int v, int stride) {
+    ptx::let_kernels_behind_start();
+    ptx::wait_for_kernels_before();
     DYNAMIC_SHARED(SampleShared, storage);
     SampleShared& shared = *storage;
     const SampleRow want = reinterpret_cast<const SampleRow*>(wants)[blockIdx.x];

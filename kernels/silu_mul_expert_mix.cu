@@ -1,16 +1,18 @@
 // silu_mul_expert_mix: contract in src/backend/ops.rs, arithmetic in src/backend/reference.rs.
-// Plan:  a block owns MIX_ROWS tokens x MIX_COLS of m. It fetches its part of A with cp.async while it computes h (stored, and kept in
-//        shared memory), takes the two gate rows with f32 FMAs on the way and A h with mma, and leaves partial sums. The block that
-//        arrives last for its tokens adds them in the order of the splits, applies the gates' rules, and writes u right behind h: the
-//        GEMM that follows, with K = m + w, is the routed mix.
-// Bound: memory, n * 3 m * sizeof(T) bytes, and (w sizeof(T) + 8) m bytes of E for every MIX_ROWS tokens, from L2 but for the first.
-// Checked: 96 registers; HMMA LDSM LDGSTS LDG.E.128
+// Plan:  a block owns MIX_COLS of m and one tile of MIX_ROWS tokens after another. Its part of A comes with cp.async, while kernels in front
+//        still run (EARLY_KERNEL). It computes h (stored, and kept in shared memory), takes the two gate rows with f32 FMAs on the way and
+//        A h with mma, and leaves partial sums. The block that arrives last for a tile of tokens adds them, MIX_SHARERS lanes a sum, each
+//        every MIX_SHARERS-th split in its order; it applies the gates' rules and writes u right behind h: the GEMM that follows, with
+//        K = m + w, is the routed mix.
+// Bound: memory, n * 3 m * sizeof(T) bytes, and (w sizeof(T) + 8) m bytes of E once a block of tiles.
+// Checked: 128 registers; HMMA LDSM LDGSTS LDG.E.128
 #include "common.cuh"
 
 constexpr int MIX_PITCH = MIX_COLS + 8;  // rows of shared memory an odd number of 16 bytes apart: ldmatrix without bank conflicts
 constexpr int MIX_WARPS = MIX_THREADS / WARP;
 constexpr int MIX_WARP_COLS = MIX_COLS / MIX_WARPS;
 constexpr int MIX_TILES = MIX_WIDTH / 8;
+constexpr int MIX_SHARERS = 4;
 static_assert(MIX_ROWS == 16 && MIX_WIDTH % 16 == 0 && MIX_WARP_COLS % 16 == 0, "fragments of mma.m16n8k16");
 static_assert(MIX_COLS / 8 == WARP, "a warp covers a row's columns in one pass");
 
@@ -28,16 +30,11 @@ template <typename T> struct MixShared {
     int is_last;
 };
 
-// h of this block's tokens and columns, to hu and to shared memory, and their dots with both gate rows (null without experts).
+// h of this block's tokens and columns, to hu and to shared memory, and their dots with both gate rows' weights of this lane's columns.
 template <typename T>
-__device__ void silu_mul(MixShared<T>& shared, T* hu, const T* gate_up, const float* gate_rows, int rows, int cols, int m, int hu_stride,
-                         int gate_up_stride) {
+__device__ __forceinline__ void silu_mul(MixShared<T>& shared, T* hu, const T* gate_up, const float (&weight)[2][8], bool routed, int rows,
+                                         int cols, int m, int hu_stride, int gate_up_stride) {
     const int col = lane_id() * 8;
-    float weight[2][8] = {};
-    if (gate_rows && col < cols) {
-        load(weight[0], gate_rows + col);
-        load(weight[1], gate_rows + m + col);
-    }
     for (int row = warp_id(); row < MIX_ROWS; row += MIX_WARPS) {
         float h[8] = {}, dots[2] = {};
         if (row < rows && col < cols) {
@@ -52,7 +49,7 @@ __device__ void silu_mul(MixShared<T>& shared, T* hu, const T* gate_up, const fl
             }
             store(hu + size_t(row) * hu_stride + col, h);
         }
-        if (!gate_rows) continue;
+        if (!routed) continue;
         store(&shared.h[row][col], h);
         dots[0] = warp_sum(dots[0]), dots[1] = warp_sum(dots[1]);
         if (lane_id() < 2) shared.gates[row][lane_id()] = lane_id() ? dots[1] : dots[0];
@@ -92,20 +89,43 @@ template <typename T> __device__ void multiply(MixShared<T>& shared) {
         for (int i = 0; i < 4; ++i) shared.products[warp][lane / 4 + i / 2 * 8][tile * 8 + lane % 4 * 2 + i % 2] = sum[tile][i];
 }
 
+// Numbers of a row of partial sums: w of A h, two of the gates, in whole packs of four.
+__device__ __forceinline__ int partial_pitch(int w) { return round_up(w + 2, 4); }
+
+// The sums of a tile's partials, in the place of the first split's.
+__device__ __forceinline__ void add_splits(float* partials, int rows, int pitch, int splits) {
+    const int packs = rows * (pitch / 4), sharer = threadIdx.x % MIX_SHARERS;
+    for (int first = 0; first < packs; first += MIX_THREADS / MIX_SHARERS) {
+        const int pack = first + threadIdx.x / MIX_SHARERS;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (pack < packs) {
+            const float* from = partials + pack * 4;
+#pragma unroll 8
+            for (int split = sharer; split < splits; split += MIX_SHARERS) {
+                const float4 four = __ldcg(reinterpret_cast<const float4*>(from + size_t(split) * MIX_ROWS * pitch));
+                sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
+            }
+        }
+#pragma unroll
+        for (int step = 1; step < MIX_SHARERS; step *= 2) {
+            sum.x += __shfl_xor_sync(ALL_LANES, sum.x, step), sum.y += __shfl_xor_sync(ALL_LANES, sum.y, step);
+            sum.z += __shfl_xor_sync(ALL_LANES, sum.z, step), sum.w += __shfl_xor_sync(ALL_LANES, sum.w, step);
+        }
+        if (sharer == 0 && pack < packs) *reinterpret_cast<float4*>(partials + pack * 4) = sum;
+    }
+}
+
 // The last block of a token tile: z = sum of the partials, gates by their rules, u = gate * z.
 template <typename T>
-__device__ void finish(MixShared<T>& shared, T* hu, float* gates, const float* partials, const float* rules, const int* sequence_of,
-                       int row0, int rows, int m, int w, int safety_rank, int splits, float safety_bias, float helpfulness_bias,
-                       int hu_stride, int gates_stride) {
-    const auto total = [&](int row, int j) {
-        float sum = 0.f;
-#pragma unroll 4
-        for (int split = 0; split < splits; ++split) sum += partials[(size_t(split) * MIX_ROWS + row) * (w + 2) + j];
-        return sum;
-    };
+__device__ __forceinline__ void finish(MixShared<T>& shared, T* hu, float* gates, float* partials, const float* rules,
+                                       const int* sequence_of, int row0, int rows, int m, int w, int safety_rank, int splits,
+                                       float safety_bias, float helpfulness_bias, int hu_stride, int gates_stride) {
+    const int pitch = partial_pitch(w);
+    add_splits(partials, rows, pitch, splits);
+    __syncthreads();
     if (int(threadIdx.x) < rows * 2) {
         const int row = threadIdx.x / 2, which = threadIdx.x % 2;
-        const float logit = total(row, w + which) + (which ? helpfulness_bias : safety_bias);
+        const float logit = partials[row * pitch + w + which] + (which ? helpfulness_bias : safety_bias);
         const float gate = gate_of(logit, rules + size_t(sequence_of[row0 + row]) * 6 + which * 3);
         shared.gates[row][which] = gate;
         gates[size_t(row0 + row) * gates_stride + which] = gate;
@@ -113,33 +133,19 @@ __device__ void finish(MixShared<T>& shared, T* hu, float* gates, const float* p
     __syncthreads();
     for (int i = threadIdx.x; i < rows * w; i += MIX_THREADS) {
         const int row = i / w, j = i % w;
-        hu[size_t(row0 + row) * hu_stride + m + j] = from_float<T>(shared.gates[row][j >= safety_rank] * total(row, j));
+        hu[size_t(row0 + row) * hu_stride + m + j] = from_float<T>(shared.gates[row][j >= safety_rank] * partials[row * pitch + j]);
     }
 }
 
-// hu (n, hu_stride): h (m), u (w), zeros; gate_up (n, gate_up_stride): gate (m), up (m); a (w, m): A_s, A_h, or null for a plain Llama;
-// gate_rows (2, m) f32; rules (sequences, 6): bias, floor, ceiling of the safety and of the helpfulness gate; sequence_of (n);
-// gates: this layer's two columns of (n, gates_stride); partials (row tiles, splits, MIX_ROWS, w + 2); arrived (row tiles), zero before
-// and after. Grid: (splits of m, row tiles). m % 8 == 0.
+// Partial sums of a tile of tokens over this block's columns, to `mine` (rows, pitch). The first group of A is there or on its way
+// when `fetched`.
 template <typename T>
-__device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias,
-                                    const float* rules, const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n,
-                                    int m, int w, int safety_rank, int hu_stride, int gate_up_stride, int gates_stride) {
-    DYNAMIC_SHARED(MixShared<T>, storage);
-    MixShared<T>& shared = *storage;
-    const int row0 = blockIdx.y * MIX_ROWS, col0 = blockIdx.x * MIX_COLS, splits = gridDim.x;
-    const int rows = min(MIX_ROWS, n - row0), cols = min(MIX_COLS, m - col0);
-    if (a) fetch_a(shared, a + col0, 0, w, cols, m);
-    silu_mul(shared, hu + size_t(row0) * hu_stride + col0, gate_up + size_t(row0) * gate_up_stride + col0,
-             gate_rows ? gate_rows + col0 : nullptr, rows, cols, m, hu_stride, gate_up_stride);
-    if (!a) return;
-
-    partials += size_t(blockIdx.y) * splits * MIX_ROWS * (w + 2);
-    float* mine = partials + size_t(blockIdx.x) * MIX_ROWS * (w + 2);
+__device__ __forceinline__ void leave_partials(MixShared<T>& shared, float* mine, const T* a, bool fetched, int rows, int cols, int m, int w) {
+    const int pitch = partial_pitch(w);
     for (int first = 0; first < w; first += MIX_WIDTH) {
-        if (first > 0) {
+        if (first > 0 || !fetched) {
             __syncthreads();  // all have read the products and A of the group before
-            fetch_a(shared, a + col0, first, w, cols, m);
+            fetch_a(shared, a, first, w, cols, m);
         }
         ptx::cp_async_wait<0>();
         __syncthreads();
@@ -151,25 +157,58 @@ __device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const f
             float sum = 0.f;
 #pragma unroll
             for (int warp = 0; warp < MIX_WARPS; ++warp) sum += shared.products[warp][row][j];
-            mine[row * (w + 2) + first + j] = sum;
+            mine[row * pitch + first + j] = sum;
         }
     }
-    if (int(threadIdx.x) < rows * 2) mine[threadIdx.x / 2 * (w + 2) + w + threadIdx.x % 2] = shared.gates[threadIdx.x / 2][threadIdx.x % 2];
-
-    __threadfence();  // the partials are out before the arrival is counted
-    __syncthreads();
-    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived + blockIdx.y, 1u) == unsigned(splits) - 1;
-    __syncthreads();
-    if (!shared.is_last) return;
-    __threadfence();
-    if (threadIdx.x == 0) arrived[blockIdx.y] = 0;
-    finish(shared, hu, gates, partials, rules, sequence_of, row0, rows, m, w, safety_rank, splits, safety_bias, helpfulness_bias,
-           hu_stride, gates_stride);
+    if (int(threadIdx.x) < rows * 2) mine[threadIdx.x / 2 * pitch + w + threadIdx.x % 2] = shared.gates[threadIdx.x / 2][threadIdx.x % 2];
 }
 
-KERNEL(silu_mul_expert_mix, (MIX_THREADS),
-       (T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias, const float* rules,
-        const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n, int m, int w, int safety_rank, int hu_stride,
-        int gate_up_stride, int gates_stride),
-       (hu, gate_up, a, gate_rows, safety_bias, helpfulness_bias, rules, sequence_of, gates, partials, arrived, n, m, w, safety_rank,
-        hu_stride, gate_up_stride, gates_stride))
+// hu (n, hu_stride): h (m), u (w), zeros; gate_up (n, gate_up_stride): gate (m), up (m); a (w, m): A_s, A_h, or null for a plain Llama;
+// gate_rows (2, m) f32; rules (sequences, 6): bias, floor, ceiling of the safety and of the helpfulness gate; sequence_of (n);
+// gates: this layer's two columns of (n, gates_stride); partials (row tiles, splits, MIX_ROWS, partial_pitch(w)); arrived (row tiles), zero
+// before and after. Grid: (splits of m, groups of `tiles` row tiles). m % 8 == 0.
+template <typename T>
+__device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias,
+                                    const float* rules, const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n,
+                                    int m, int w, int safety_rank, int hu_stride, int gate_up_stride, int gates_stride, int tiles) {
+    DYNAMIC_SHARED(MixShared<T>, storage);
+    MixShared<T>& shared = *storage;
+    const int col0 = blockIdx.x * MIX_COLS, splits = gridDim.x, cols = min(MIX_COLS, m - col0);
+    const size_t partials_of_tile = size_t(splits) * MIX_ROWS * partial_pitch(w);
+    float weight[2][8] = {};
+    if (a) {
+        fetch_a(shared, a + col0, 0, w, cols, m);
+        if (lane_id() * 8 < cols) {
+            load(weight[0], gate_rows + col0 + lane_id() * 8);
+            load(weight[1], gate_rows + m + col0 + lane_id() * 8);
+        }
+    }
+    ptx::wait_for_kernels_before();
+    const int first_tile = blockIdx.y * tiles, end = min(first_tile + tiles, ceil_div(n, MIX_ROWS));
+    for (int tile = first_tile; tile < end; ++tile) {
+        const int row0 = tile * MIX_ROWS, rows = min(MIX_ROWS, n - row0);
+        silu_mul(shared, hu + size_t(row0) * hu_stride + col0, gate_up + size_t(row0) * gate_up_stride + col0, weight, a != nullptr, rows,
+                 cols, m, hu_stride, gate_up_stride);
+        if (!a) continue;
+        float* of_tile = partials + tile * partials_of_tile;
+        leave_partials(shared, of_tile + size_t(blockIdx.x) * MIX_ROWS * partial_pitch(w), a + col0, tile == first_tile || w <= MIX_WIDTH,
+                       rows, cols, m, w);
+        __threadfence();  // the partials are out before the arrival is counted
+        __syncthreads();
+        if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived + tile, 1u) == unsigned(splits) - 1;
+        __syncthreads();
+        if (!shared.is_last) continue;
+        __threadfence();
+        if (threadIdx.x == 0) arrived[tile] = 0;
+        finish(shared, hu, gates, of_tile, rules, sequence_of, row0, rows, m, w, safety_rank, splits, safety_bias, helpfulness_bias,
+               hu_stride, gates_stride);
+        __syncthreads();  // all have read the gates that the next tile overwrites
+    }
+}
+
+EARLY_KERNEL(silu_mul_expert_mix, (MIX_THREADS, 4),
+             (T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias, const float* rules,
+              const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n, int m, int w, int safety_rank,
+              int hu_stride, int gate_up_stride, int gates_stride, int tiles),
+             (hu, gate_up, a, gate_rows, safety_bias, helpfulness_bias, rules, sequence_of, gates, partials, arrived, n, m, w, safety_rank,
+              hu_stride, gate_up_stride, gates_stride, tiles))

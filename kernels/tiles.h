@@ -15,6 +15,7 @@ constexpr int MIX_ROWS = 16;              // n of a block: one m16 of mma
 constexpr int MIX_COLS = 256;             // m of a block
 constexpr int MIX_THREADS = 128;          // warps share MIX_COLS
 constexpr int MIX_WIDTH = 32;             // w that are multiplied at once
+constexpr int MIX_BLOCKS = 1320;          // about so many share the tiles of n
 
 constexpr int DECODE_SPLIT = 256;         // positions of a block, whatever the batch: the split decides the bits
 constexpr int DECODE_WARPS = 4;           // take turns at the K/V blocks of a split
@@ -33,6 +34,12 @@ constexpr int GEMM_FEW_THREADS = 128;     // a warp 16 of its o
 constexpr int GEMM_MANY_ROWS = 128;       // n of a block otherwise
 constexpr int GEMM_MANY_COLS = 128;       // o of such a block
 constexpr int GEMM_MANY_THREADS = 256;    // a warp 64 n x 32 o
+
+constexpr int SKINNY_ROWS = 32;           // n at most
+constexpr int SKINNY_COLS = 64;           // o of a unit of work
+constexpr int SKINNY_CHUNK = 32;          // k of a warp in a unit
+constexpr int SKINNY_STAGES = 3;          // units in flight
+constexpr int SKINNY_THREADS = 256;       // warps share the k of a unit
 
 constexpr int SAMPLE_THREADS = 512;       // a block a row of logits
 constexpr int SAMPLE_BINS = 2048;         // of a histogram of logits

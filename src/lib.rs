@@ -58,7 +58,7 @@
 //! | candle_core, candle_nn, candle_transformers, proptest | tests |
 //!
 //! # Unsafe
-//! `unsafe` is allowed in `backend/cpu`, `backend/cuda`, `backend/device.rs` and `checkpoint/mmap.rs`, and nowhere else.
+//! `unsafe` is allowed in `backend/cpu`, `backend/cuda`, `backend/device` and `checkpoint/mmap.rs`, and nowhere else.
 //!
 //! `tests/it/architecture.rs` reads the three lists above and holds every module to them.
 //!

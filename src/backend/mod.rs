@@ -12,7 +12,10 @@ mod sample;
 mod step;
 
 pub use error::BackendError;
-pub use open::{DeviceBytes, DeviceChoice, UseBackend, open};
+pub use open::{
+    DeviceBytes, DeviceChoice, DeviceLimits, UseBackend, UseBackends, device_limits, open,
+    open_each,
+};
 pub use sample::{SampleFault, SampleRow, Sampled};
 pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence, Workload};
 

@@ -1,5 +1,7 @@
 //! Which backend runs: the one place that knows what this build was made with.
 
+use std::cell::Cell;
+
 use super::cpu::{Cpu, CpuOptions};
 use super::cuda::CudaOptions;
 use super::{Backend, BackendError};
@@ -24,6 +26,17 @@ pub struct DeviceBytes {
     pub free: u64,
 }
 
+/// What a GPU can do at most, measured: one figure a repeat.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceLimits {
+    /// Name, multiprocessors, and the driver's CUDA.
+    pub name: String,
+    /// Bytes read and written a second while a large piece of its memory is copied.
+    pub copy_bytes_per_second: Vec<f64>,
+    /// Operations a second (a multiply-add is two) of the vendor's largest product in bf16; empty without its library.
+    pub bf16_ops_per_second: Vec<f64>,
+}
+
 /// What is done with the backend, whichever it is.
 pub trait UseBackend {
     /// What comes of it.
@@ -31,6 +44,34 @@ pub trait UseBackend {
 
     /// Does it. `memory`: of a device that has its own.
     fn run<B: Backend>(self, backend: B, memory: Option<DeviceBytes>) -> Self::Output;
+}
+
+/// What is done with several backends on one device.
+pub trait UseBackends {
+    /// What comes of it.
+    type Output;
+
+    /// Does it. Each call of `open` makes one more backend. `memory`: of a device that has its own.
+    fn run<B: Backend>(
+        self,
+        open: impl Fn() -> Result<B, BackendError>,
+        memory: Option<DeviceBytes>,
+    ) -> Self::Output;
+}
+
+/// A user of one.
+struct One<U>(U);
+
+impl<U: UseBackend> UseBackends for One<U> {
+    type Output = Result<U::Output, BackendError>;
+
+    fn run<B: Backend>(
+        self,
+        open: impl Fn() -> Result<B, BackendError>,
+        memory: Option<DeviceBytes>,
+    ) -> Self::Output {
+        Ok(self.0.run(open()?, memory))
+    }
 }
 
 /// Opens the device and hands it to `user`. On `Auto`, a GPU that cannot be used is said in the log, and the processor taken.
@@ -43,12 +84,32 @@ pub fn open<U: UseBackend>(
     cuda: CudaOptions,
     user: U,
 ) -> Result<U::Output, BackendError> {
-    let on_cpu = |user: U| Ok(user.run(Cpu::new(cpu)?, None));
+    open_each(choice, cpu, cuda, One(user))?
+}
+
+/// As [`open`], for a user of several backends.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_each<U: UseBackends>(
+    choice: DeviceChoice,
+    cpu: CpuOptions,
+    cuda: CudaOptions,
+    user: U,
+) -> Result<U::Output, BackendError> {
+    let on_cpu = |user: U| Ok(user.run(|| Cpu::new(cpu), None));
     if choice == DeviceChoice::Cpu {
         return on_cpu(user);
     }
     match gpu(cuda) {
-        Ok((backend, memory)) => Ok(user.run(backend, Some(memory))),
+        Ok((backend, memory)) => {
+            let first = Cell::new(Some(backend));
+            let open = || match first.take() {
+                Some(backend) => Ok(backend),
+                None => gpu(cuda).map(|(backend, _)| backend),
+            };
+            Ok(user.run(open, Some(memory)))
+        }
         Err(error) if choice == DeviceChoice::Cuda => Err(error),
         Err(error) => {
             // Nobody who built without the feature expects a GPU.
@@ -58,6 +119,17 @@ pub fn open<U: UseBackend>(
             on_cpu(user)
         }
     }
+}
+
+/// Measures the GPU that [`open`] opens, in less than a second; takes 4 GB of its memory for that time.
+///
+/// # Errors
+/// [`BackendError::Unavailable`] without one; the device.
+pub fn device_limits() -> Result<DeviceLimits, BackendError> {
+    #[cfg(feature = "cuda")]
+    return super::device::Device::open(0)?.limits();
+    #[cfg(not(feature = "cuda"))]
+    Err(no_gpu())
 }
 
 #[cfg(feature = "cuda")]
@@ -83,8 +155,13 @@ fn gpu(
 
 #[cfg(not(feature = "cuda"))]
 fn gpu(_: CudaOptions) -> Result<(Cpu, DeviceBytes), BackendError> {
-    Err(BackendError::Unavailable {
+    Err(no_gpu())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn no_gpu() -> BackendError {
+    BackendError::Unavailable {
         device: "cuda",
         reason: "this build has no GPU backend: build with --features cuda".to_owned(),
-    })
+    }
 }

@@ -26,11 +26,9 @@ pub struct EngineReport {
 /// What this machine can do at most.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MachineFacts {
-    /// As it calls itself.
-    pub cpu: String,
-    /// Threads used, by the limits and by the backend.
-    pub threads: usize,
-    /// Bytes read a second from a buffer as large as the weights.
+    /// The processor and the threads used, by the limits and by the backend; or the GPU.
+    pub name: String,
+    /// Bytes read a second from a buffer as large as the weights; on a GPU, read and written while its memory is copied.
     pub read_bytes_per_second: Spread,
     /// Peaks of arithmetic: name and operations a second (a multiply-add is two).
     pub peaks: Vec<(String, Spread)>,
@@ -217,7 +215,7 @@ impl EngineReport {
             .collect();
         format!(
             "{}: {} weights, {} MB ({} MB a decode step), K/V {}, experts: {}, at most {} rows a step, ready in {} s. \
-             {}, {} threads; limits measured in this run, median (least to most): read {} GB/s, {}. \
+             {}; limits measured in this run, median (least to most): read {} GB/s, {}. \
              Rooflines: that read rate and the {} peak; midpo {}.\n",
             model.name,
             model.weight_format,
@@ -227,8 +225,7 @@ impl EngineReport {
             model.experts,
             model.step_rows,
             digits(model.load_seconds),
-            machine.cpu,
-            machine.threads,
+            machine.name,
             scaled(&machine.read_bytes_per_second, 1e-9),
             peaks.join(", "),
             machine.matrix_peak,
@@ -340,8 +337,7 @@ mod tests {
 
     fn machine() -> MachineFacts {
         MachineFacts {
-            cpu: "a CPU".to_owned(),
-            threads: 2,
+            name: "a CPU, 2 threads".to_owned(),
             read_bytes_per_second: Spread::of([40e9, 50e9, 60e9]),
             peaks: vec![
                 ("f32".to_owned(), Spread::of([200e9])),

@@ -24,6 +24,8 @@ pub enum TensorBytes {
     Static(&'static [u8]),
     /// Made here: permuted, converted or read from an archive.
     Owned(Arc<[u8]>),
+    /// A range of what several tensors share: weights of a bench, whose numbers nobody asks for.
+    Shared(Arc<[u8]>, Range<usize>),
 }
 
 impl TensorBytes {
@@ -33,6 +35,7 @@ impl TensorBytes {
             Self::Mapped(map, range) => map.get(range.clone()).unwrap_or_default(),
             Self::Static(bytes) => bytes,
             Self::Owned(bytes) => bytes,
+            Self::Shared(bytes, range) => bytes.get(range.clone()).unwrap_or_default(),
         }
     }
 }

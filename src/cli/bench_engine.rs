@@ -1,4 +1,4 @@
-//! `midpo bench --engine`: the bare engine on this machine, each figure beside the roofline measured in the same run.
+//! `midpo bench --engine`: the bare engine on a device of this machine, each figure beside the roofline measured in the same run.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -7,20 +7,24 @@ use clap::Args;
 use indicatif::ProgressBar;
 
 use super::bench::bar;
-use super::bench_machine;
+use super::bench_machine::Machine;
+use super::bench_model::{self, Shape};
 use super::bench_server::{Streams, compare};
 use super::bench_steps::{Cost, Group, Steps};
 use super::engine::weight_format;
 use super::{CliError, engine};
-use crate::backend::cpu::{Cpu, CpuOptions};
-use crate::backend::{Backend, BackendError, KvFormat, WeightFormat};
+use crate::backend::cpu::CpuOptions;
+use crate::backend::cuda::CudaOptions;
+use crate::backend::{
+    self, Backend, BackendError, DeviceBytes, KvFormat, UseBackends, WeightFormat,
+};
 use crate::bench::{
     BenchError, EngineReport, MachineFacts, Measurement, ModelFacts, RatioRow, Spread, Work, ratios,
 };
 use crate::checkpoint::{
     Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, LlamaConfig, RouterLayer,
 };
-use crate::config::{self, WeightDType};
+use crate::config::{self, Device, WeightDType};
 use crate::dtype::DType;
 use crate::model::{ModelOptions, RoutedLlama};
 use crate::random::SplitMix64;
@@ -40,6 +44,18 @@ pub struct EngineArgs {
     /// speed does not depend on their values.
     #[arg(long)]
     pub(super) engine: bool,
+    /// Where it runs, as `serve --device`.
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "DEVICE",
+        requires = "engine"
+    )]
+    device: Device,
+    /// A model of these sizes with random weights, instead of --model: how fast it would be.
+    #[arg(long, value_enum, value_name = "SIZES", requires = "engine", conflicts_with_all = ["experts", "safety", "helpfulness", "router", "with_server"])]
+    shape: Option<Shape>,
     /// Directory of both experts and the router, instead of the three flags below.
     #[arg(long, value_name = "DIR", requires = "engine")]
     experts: Option<PathBuf>,
@@ -194,15 +210,56 @@ impl Plan {
     }
 }
 
-/// Loads the model and measures it on the CPU.
+/// Loads the model and measures it.
 ///
 /// # Errors
-/// A flag, a file of the model, a device without room, a failed step.
+/// A flag, a file of the model, a device that is not there or without room, a failed step.
 pub(super) fn run(
     model: Option<&str>,
     streams: &Streams,
     args: &EngineArgs,
 ) -> Result<EngineReport, CliError> {
+    let subject = match (args.shape, model) {
+        (Some(shape), None) => random_subject(shape, streams.seed),
+        (Some(shape), Some(model)) => return Err(two_models(shape, model).into()),
+        (None, _) => loaded_subject(model, args)?,
+    };
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.unwrap_or_else(all);
+    let cpu = CpuOptions {
+        threads: Some(threads),
+        ..CpuOptions::default()
+    };
+    let measuring = Measuring {
+        subject,
+        threads,
+        streams,
+        args,
+    };
+    let choice = engine::device_choice(args.device);
+    backend::open_each(choice, cpu, CudaOptions::default(), measuring)
+        .map_err(|error| engine::no_device(args.device, error))?
+}
+
+fn two_models(shape: Shape, model: &str) -> BenchError {
+    BenchError::Flag {
+        flag: "--shape",
+        expected: "no --model beside it".to_owned(),
+        found: format!("{} and {model}", shape.name()),
+    }
+}
+
+fn random_subject(shape: Shape, seed: u64) -> Subject {
+    let begun = Instant::now();
+    Subject {
+        name: format!("{} of random weights", shape.name()),
+        checkpoint: bench_model::checkpoint(shape.config(), seed),
+        served: None,
+        read_seconds: begun.elapsed().as_secs_f64(),
+    }
+}
+
+fn loaded_subject(model: Option<&str>, args: &EngineArgs) -> Result<Subject, CliError> {
     let begun = Instant::now();
     let source = config::ModelOptions {
         model: model.map(PathBuf::from),
@@ -214,19 +271,38 @@ pub(super) fn run(
     let checkpoint = engine::load(&source.validate()?)?;
     let read_seconds = begun.elapsed().as_secs_f64();
     let served = args.with_server.then(|| engine::served_model(&checkpoint));
-    let subject = Subject {
+    Ok(Subject {
         name: model_name(model),
         served: served.transpose()?,
         checkpoint,
         read_seconds,
-    };
-    let all = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.unwrap_or_else(all);
-    let options = CpuOptions {
-        threads: Some(threads),
-        ..CpuOptions::default()
-    };
-    measure(subject, || Cpu::new(options), threads, streams, args)
+    })
+}
+
+/// What is to be measured, before the device is known.
+struct Measuring<'a> {
+    subject: Subject,
+    threads: usize,
+    streams: &'a Streams,
+    args: &'a EngineArgs,
+}
+
+impl UseBackends for Measuring<'_> {
+    type Output = Result<EngineReport, CliError>;
+
+    fn run<B: Backend>(
+        self,
+        open: impl Fn() -> Result<B, BackendError>,
+        memory: Option<DeviceBytes>,
+    ) -> Self::Output {
+        let machine = match memory {
+            Some(_) => Machine::Gpu(backend::device_limits()?),
+            None => Machine::Cpu {
+                threads: self.threads,
+            },
+        };
+        measure(self.subject, open, &machine, self.streams, self.args)
+    }
 }
 
 /// A model to measure, and what it is called.
@@ -241,18 +317,18 @@ pub(super) struct Subject {
     pub read_seconds: f64,
 }
 
-/// Measures `subject` on backends of `threads` threads that `backend` makes: one for the routed model and one for its base.
+/// Measures `subject` on backends that `backend` makes, on `machine`: one for the routed model and one for its base.
 pub(super) fn measure<B: Backend>(
     subject: Subject,
     backend: impl Fn() -> Result<B, BackendError>,
-    threads: usize,
+    machine: &Machine,
     streams: &Streams,
     args: &EngineArgs,
 ) -> Result<EngineReport, CliError> {
     let context = subject.checkpoint.config.max_position_embeddings;
     let plan = Plan::new(args, context)?;
     let progress = bar("loading");
-    let (mut bench, model, subject) = Bench::new(subject, &backend, threads, streams.seed, plan)?;
+    let (mut bench, model, subject) = Bench::new(subject, &backend, machine, streams.seed, plan)?;
     bench.progress = progress.clone();
     bench.run()?;
     // The models go here: those behind the server need their room.
@@ -295,7 +371,7 @@ impl<B: Backend> Bench<B> {
     fn new(
         mut subject: Subject,
         backend: &impl Fn() -> Result<B, BackendError>,
-        threads: usize,
+        machine: &Machine,
         seed: u64,
         plan: Plan,
     ) -> Result<(Self, ModelFacts, Subject), CliError> {
@@ -314,7 +390,8 @@ impl<B: Backend> Bench<B> {
             WeightFormat::F32 => "f32",
             _ => peak_of(dtype),
         };
-        let machine = bench_machine::measure(threads, base.step_weight_bytes(), peak)
+        let machine = machine
+            .facts(base.step_weight_bytes(), peak)
             .map_err(CliError::io("memory for the read rate"))?;
         let model = ModelFacts {
             name: subject.name.clone(),
@@ -578,76 +655,29 @@ fn model_name(model: Option<&str>) -> String {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::sync::Arc;
-
     use clap::FromArgMatches as _;
 
     use super::*;
     use crate::backend::reference::Reference;
-    use crate::checkpoint::{
-        BaseTensors, GenerationDefaults, HostTensor, LayerTensors, RopeScaling, Sources,
-        TensorBytes, TextParts, Verify, load,
-    };
+    use crate::checkpoint::{Sources, Verify, load};
 
     const CONTEXT: usize = 64;
 
-    fn tensor(random: &mut SplitMix64, shape: &[usize]) -> HostTensor {
-        let count = shape.iter().product();
-        let values: Vec<f32> = (0..count).map(|_| random.unit() as f32 - 0.5).collect();
-        let bytes: Arc<[u8]> = bytemuck::cast_slice(&values).into();
-        HostTensor::new(shape.to_vec(), DType::F32, TensorBytes::Owned(bytes)).unwrap()
-    }
-
     /// A plain Llama of random weights: d 16, m 24, 2 layers, 4 heads on 2.
     fn checkpoint() -> Checkpoint {
-        let mut random = SplitMix64::new(5, 0);
-        let mut tensor = |shape: &[usize]| tensor(&mut random, shape);
-        let layers = (0..2).map(|_| LayerTensors {
-            input_layernorm: tensor(&[16]),
-            q_proj: tensor(&[16, 16]),
-            k_proj: tensor(&[8, 16]),
-            v_proj: tensor(&[8, 16]),
-            o_proj: tensor(&[16, 16]),
-            post_attention_layernorm: tensor(&[16]),
-            gate_proj: tensor(&[24, 16]),
-            up_proj: tensor(&[24, 16]),
-            down_proj: tensor(&[16, 24]),
-        });
-        let layers = layers.collect();
-        Checkpoint {
-            config: LlamaConfig {
-                vocab_size: 40,
-                hidden_size: 16,
-                intermediate_size: 24,
-                num_layers: 2,
-                num_heads: 4,
-                num_kv_heads: 2,
-                head_dim: 4,
-                rms_norm_eps: 1e-5,
-                rope_theta: 10_000.0,
-                rope_scaling: RopeScaling::None,
-                max_position_embeddings: CONTEXT,
-                tie_word_embeddings: true,
-                bos_token_id: None,
-                eos_token_ids: Vec::new(),
-            },
-            base: BaseTensors {
-                embed_tokens: tensor(&[40, 16]),
-                layers,
-                norm: tensor(&[16]),
-                lm_head: None,
-            },
-            experts: None,
-            text: TextParts {
-                tokenizer_json: Vec::new(),
-                chat_template: None,
-                bos_token: None,
-                eos_token: None,
-                special_tokens: Vec::new(),
-            },
-            generation: GenerationDefaults::default(),
-            fingerprint: "test".to_owned(),
-        }
+        let config = LlamaConfig {
+            vocab_size: 40,
+            hidden_size: 16,
+            intermediate_size: 24,
+            num_layers: 2,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 4,
+            max_position_embeddings: CONTEXT,
+            tie_word_embeddings: true,
+            ..Shape::Llama7B.config()
+        };
+        bench_model::checkpoint(config, 5)
     }
 
     fn args(flags: &[&str]) -> EngineArgs {
@@ -705,7 +735,14 @@ mod tests {
             "4",
         ];
         let subject = subject(checkpoint, Some(served));
-        let report = measure(subject, || Ok(Reference), 1, &streams(), &args(&flags)).unwrap();
+        let report = measure(
+            subject,
+            || Ok(Reference),
+            &Machine::Cpu { threads: 1 },
+            &streams(),
+            &args(&flags),
+        )
+        .unwrap();
         assert_eq!(report.model.experts, "its own, w = 32");
         let counts: Vec<_> = report.server.iter().map(|row| row.streams).collect();
         assert_eq!(counts, [1, 3]);
@@ -737,7 +774,14 @@ mod tests {
             "16,62,63",
         ];
         let subject = subject(checkpoint(), None);
-        let report = measure(subject, || Ok(Reference), 2, &streams(), &args(&flags)).unwrap();
+        let report = measure(
+            subject,
+            || Ok(Reference),
+            &Machine::Cpu { threads: 2 },
+            &streams(),
+            &args(&flags),
+        )
+        .unwrap();
         let found: Vec<_> = report
             .measurements
             .iter()
@@ -797,6 +841,17 @@ mod tests {
         );
         let exact = cost.prefill(16);
         assert_eq!(exact.bytes, 2.0 * weights + 24.0 * kv_position);
+    }
+
+    #[test]
+    fn run_takes_a_shape_or_a_model_not_both() {
+        let args = args(&["--shape", "llama-135m", "--device", "cpu"]);
+        let error = run(Some("a.gguf"), &streams(), &args).err().unwrap();
+        let message = error.to_string();
+        assert!(
+            message.contains("--shape") && message.contains("llama-135m and a.gguf"),
+            "{message}"
+        );
     }
 
     #[test]

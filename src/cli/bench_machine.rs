@@ -1,8 +1,10 @@
-//! Times the limits of this machine: read rate and arithmetic peaks on as many threads as the backend uses.
+//! The limits of what the bench runs on. Those of a processor are timed here: read rate and arithmetic peaks on as many threads as the
+//! backend uses; a GPU's are measured by its backend.
 
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use crate::backend::DeviceLimits;
 use crate::backend::cpu::limits::{Peak, ReadBuffer, peaks};
 use crate::bench::{MachineFacts, Spread};
 
@@ -13,15 +15,50 @@ const REPEATS: usize = 9;
 /// Least and most bytes of the buffer that is read.
 const READ_BYTES: (usize, usize) = (2 << 20, 1 << 30);
 
+/// What the bench runs on.
+pub(super) enum Machine {
+    /// So many threads of the processor.
+    Cpu {
+        /// As the backend uses.
+        threads: usize,
+    },
+    /// A GPU, and what it can do.
+    Gpu(DeviceLimits),
+}
+
+impl Machine {
+    /// Limits for a model whose step reads `bytes` of weights, most of them multiplied as `matrix_kind`.
+    ///
+    /// # Errors
+    /// When the system has no memory for the buffer.
+    pub(super) fn facts(&self, bytes: usize, matrix_kind: &str) -> std::io::Result<MachineFacts> {
+        match self {
+            Self::Cpu { threads } => measure(*threads, bytes, matrix_kind),
+            Self::Gpu(limits) => Ok(gpu_facts(limits)),
+        }
+    }
+}
+
+fn gpu_facts(limits: &DeviceLimits) -> MachineFacts {
+    let spread = |rates: &[f64]| Spread::of(rates.iter().copied());
+    let peak = "bf16 (cublasLt)".to_owned();
+    let peaks = match limits.bf16_ops_per_second.as_slice() {
+        [] => Vec::new(),
+        rates => vec![(peak.clone(), spread(rates))],
+    };
+    MachineFacts {
+        name: limits.name.clone(),
+        read_bytes_per_second: spread(&limits.copy_bytes_per_second),
+        peaks,
+        matrix_peak: peak,
+    }
+}
+
 /// Measures read rate over `bytes` (of the weights, so that what fits a cache is measured in it) and the peaks.
 ///
 /// # Errors
 /// When the system has no memory for the buffer.
-pub(super) fn measure(
-    threads: usize,
-    bytes: usize,
-    matrix_kind: &str,
-) -> std::io::Result<MachineFacts> {
+fn measure(threads: usize, bytes: usize, matrix_kind: &str) -> std::io::Result<MachineFacts> {
     let buffer = ReadBuffer::new(bytes.clamp(READ_BYTES.0, READ_BYTES.1))?;
     let read = timed(threads, &|thread, rounds| {
         for _ in 0..rounds {
@@ -42,8 +79,7 @@ pub(super) fn measure(
         named.map(|(name, _)| name.clone())
     };
     Ok(MachineFacts {
-        cpu: cpu_name(),
-        threads,
+        name: format!("{}, {threads} threads", cpu_name()),
         read_bytes_per_second: read.inverse(buffer.bytes() as f64),
         // Without instructions for the kind, its matrices are computed in f32.
         matrix_peak: kind(matrix_kind)
@@ -107,11 +143,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn facts_of_a_gpu_are_what_it_measured() {
+        let mut limits = DeviceLimits {
+            name: "a GPU".to_owned(),
+            copy_bytes_per_second: vec![3e12, 1e12, 2e12],
+            bf16_ops_per_second: vec![7e14],
+        };
+        let facts = Machine::Gpu(limits.clone()).facts(1, "f32").unwrap();
+        assert_eq!(facts.read_bytes_per_second.median, 2e12);
+        assert_eq!(facts.matrix_ops_per_second(), 7e14);
+        limits.bf16_ops_per_second.clear();
+        let facts = Machine::Gpu(limits).facts(1, "f32").unwrap();
+        assert_eq!(facts.matrix_ops_per_second(), 0.0);
+    }
+
+    #[test]
     fn measure_finds_a_read_rate_and_the_peak_asked_for() {
         let facts = measure(2, 1, "f32").unwrap();
         assert!(facts.read_bytes_per_second.median > 0.0);
         assert!(facts.matrix_peak.starts_with("f32"));
         assert!(facts.matrix_ops_per_second() > 0.0);
-        assert!(!facts.cpu.is_empty());
+        assert!(facts.name.ends_with(", 2 threads"), "{}", facts.name);
     }
 }

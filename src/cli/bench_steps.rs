@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Backend, BackendError, StepLayout, StepSequence};
+use crate::backend::{Backend, BackendError, SampleRow, Sampled, StepLayout, StepSequence};
 use crate::bench::Work;
 use crate::checkpoint::LlamaConfig;
 use crate::model::RoutedLlama;
@@ -17,6 +17,9 @@ pub(super) struct Steps<B: Backend> {
     blocks: Vec<BlockId>,
     rows: usize,
     seed: u64,
+    /// What is drawn on a device that draws.
+    wants: Vec<SampleRow>,
+    sampled: Sampled,
 }
 
 /// Sequences that run together, each with room for `positions`.
@@ -46,6 +49,8 @@ impl<B: Backend> Steps<B> {
             model,
             rows: rows.max(1),
             seed,
+            wants: Vec::new(),
+            sampled: Sampled::default(),
         }
     }
 
@@ -109,9 +114,15 @@ impl<B: Backend> Steps<B> {
             sequences: &sequences,
             logit_rows: &logit_rows,
         };
+        self.wants.resize(logit_rows.len(), SampleRow::default());
         let begun = Instant::now();
-        let output = self.model.forward(&layout)?;
-        std::hint::black_box(output.logits);
+        // As the engine does: where the device draws, no logits come back.
+        if self.model.samples() {
+            let (wants, sampled) = (&self.wants, &mut self.sampled);
+            self.model.forward_and_sample(&layout, wants, sampled)?;
+        } else {
+            std::hint::black_box(self.model.forward(&layout)?.logits);
+        }
         Ok(begun.elapsed())
     }
 }

@@ -70,11 +70,7 @@ pub(super) fn check(source: &ModelSource, runtime: &RuntimeConfig) -> Result<Bud
 }
 
 fn on_device<U: UseBackend>(runtime: &RuntimeConfig, user: U) -> Result<U::Output, CliError> {
-    let choice = match runtime.device {
-        Device::Auto => DeviceChoice::Auto,
-        Device::Cpu => DeviceChoice::Cpu,
-        Device::Cuda => DeviceChoice::Cuda,
-    };
+    let choice = device_choice(runtime.device);
     let cpu = CpuOptions {
         threads: runtime.threads,
         ..CpuOptions::default()
@@ -86,8 +82,17 @@ fn on_device<U: UseBackend>(runtime: &RuntimeConfig, user: U) -> Result<U::Outpu
     backend::open(choice, cpu, cuda, user).map_err(|error| no_device(runtime.device, error))
 }
 
+/// The backend's name for it.
+pub(super) fn device_choice(device: Device) -> DeviceChoice {
+    match device {
+        Device::Auto => DeviceChoice::Auto,
+        Device::Cpu => DeviceChoice::Cpu,
+        Device::Cuda => DeviceChoice::Cuda,
+    }
+}
+
 /// Asking for a GPU where there is none is the user's to mend.
-fn no_device(device: Device, error: BackendError) -> CliError {
+pub(super) fn no_device(device: Device, error: BackendError) -> CliError {
     match (device, error) {
         (Device::Cuda, BackendError::Unavailable { reason, .. }) => ConfigError::Value {
             origin: "--device".to_owned(),

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_engine;
 mod bench_machine;
+mod bench_model;
 mod bench_server;
 mod bench_steps;
 mod chat;

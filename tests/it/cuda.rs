@@ -16,7 +16,7 @@ mod sample;
 
 use cuda_emu::{Memory, Schedule};
 use half::bf16;
-use midpo::backend::cuda::{Arg, Cuda, CudaOptions, Driver, Gemm, Launch, Storage};
+use midpo::backend::cuda::{Arg, Cuda, CudaOptions, DeviceShape, Driver, Gemm, Launch, Storage};
 #[cfg(feature = "cuda")]
 use midpo::backend::device::Device;
 use midpo::backend::ops::{self, Heads};
@@ -75,6 +75,18 @@ impl TestMemory {
 
 impl Driver for TestDriver {
     type Memory = TestMemory;
+
+    fn shape(&self) -> DeviceShape {
+        match self {
+            // Few and odd, so that blocks share tiles and take several; shared memory of Hopper.
+            Self::Emulated(_) => DeviceShape {
+                multiprocessors: 5,
+                shared_bytes: 227 << 10,
+            },
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.shape(),
+        }
+    }
 
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     fn allocate(&self, what: &str, bytes: usize) -> Result<TestMemory, BackendError> {
@@ -294,6 +306,24 @@ fn gather_rows_copies_the_rows_in_their_order() {
 
 // ---------------------------------------------------------------------------------------------------------------- matmul
 
+/// As [`backends`], with the products that are not the same in every batch: few rows by `gemm_skinny`.
+fn fast_backends() -> Vec<(Storage, Cuda<TestDriver>)> {
+    let mut backends = Vec::new();
+    if cuda_emu::ABSENT.is_none() {
+        let schedules = [Schedule::Shuffled(5), Schedule::Descending];
+        let pairs = STORAGES.into_iter().zip(schedules);
+        let fast = |storage, order| on(TestDriver::Emulated(order), storage, false);
+        backends.extend(pairs.map(|(storage, order)| (storage, fast(storage, order))));
+    }
+    #[cfg(feature = "cuda")]
+    for storage in STORAGES {
+        if let Ok(gpu) = Device::open(0) {
+            backends.push((storage, on(TestDriver::Gpu(gpu), storage, false)));
+        }
+    }
+    backends
+}
+
 fn matmul_case(
     random: &mut Random,
     parts: &[(usize, DType)],
@@ -336,6 +366,57 @@ fn matmul_matches_the_reference_around_the_sizes_of_tiles() {
                 assert_close(&label, matmul_tolerance(&case), &case.run(cuda), &want);
             }
         }
+    }
+}
+
+#[test]
+fn matmul_of_few_rows_matches_the_reference_whoever_shares_a_tile() {
+    let random = &mut Random(34);
+    for (storage, cuda) in &mut fast_backends() {
+        // Units of 64 columns x 256 k among five blocks: one for all, fewer than blocks, tiles that several share, several a block.
+        for (i, (o, k)) in [(1, 8), (64, 264), (65, 1000), (130, 520), (700, 40)]
+            .into_iter()
+            .enumerate()
+        {
+            for n in [1, 3, 8, 9, 16, 17, 32] {
+                let w = [0, 5, 32][(i + n) % 3];
+                let mut case = matmul_case(random, &[(o, DType::BF16)], (k, w), n);
+                if *storage == Storage::F16 {
+                    case.parts = case.parts.iter().map(Weights::rounded).collect();
+                }
+                for exact in [false, true] {
+                    case.exact = exact;
+                    let want = case.run(&mut Reference);
+                    let label = format!("skinny o {o} k {k} w {w} n {n} exact {exact}");
+                    assert_close(&label, matmul_tolerance(&case), &case.run(cuda), &want);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_of_few_rows_gives_a_row_the_same_bits_in_any_small_batch_and_order() {
+    let random = &mut Random(35);
+    let case = matmul_case(random, &[(140, DType::BF16)], (1200, 32), 32);
+    for (_, cuda) in &mut fast_backends() {
+        let whole = case.run(cuda);
+        for (start, len) in [(0, 1), (7, 8), (10, 16), (31, 1)] {
+            let got = case.run_rows(cuda, start..start + len);
+            let label = format!("rows {start} + {len}");
+            assert_same_bits(&label, &got, &whole[start * 140..(start + len) * 140]);
+        }
+    }
+    if cuda_emu::ABSENT.is_some() {
+        return;
+    }
+    let run = |order| {
+        let cuda = &mut on(TestDriver::Emulated(order), Storage::BF16, false);
+        bits(&case.run_rows(cuda, 0..20))
+    };
+    let first = run(Schedule::Shuffled(1));
+    for order in Schedule::ALL {
+        assert!(run(order) == first, "{order:?} changes the result");
     }
 }
 

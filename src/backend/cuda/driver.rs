@@ -1,4 +1,4 @@
-//! What the host code asks of a device. Two implementations run: the CUDA driver (`backend/device.rs`), and the tests' emulation of the same
+//! What the host code asks of a device. Two implementations run: the CUDA driver (`backend/device`), and the tests' emulation of the same
 //! kernels on the CPU (`kernels/emu`).
 
 use super::super::BackendError;
@@ -99,10 +99,22 @@ pub struct Gemm {
     pub y: u64,
 }
 
+/// What decides how work is cut into blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceShape {
+    /// Multiprocessors; blocks that share a product by the number of these all run at once.
+    pub multiprocessors: usize,
+    /// Shared memory that a block may have.
+    pub shared_bytes: usize,
+}
+
 /// A device with one stream of compute. Work is done in the order in which it is asked for; [`Self::download`] waits for it.
 pub trait Driver: Send + 'static {
     /// A piece of device memory, freed when it is dropped and no work needs it any more.
     type Memory: Send;
+
+    /// Of the device.
+    fn shape(&self) -> DeviceShape;
 
     /// Memory of any content, 256-byte aligned on a device.
     ///

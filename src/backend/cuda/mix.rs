@@ -1,7 +1,7 @@
 //! `kernels/silu_mul_expert_mix.cu`.
 
 use super::driver::{Driver, kernel};
-use super::tiles::{MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP};
+use super::tiles::{MIX_BLOCKS, MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP};
 use super::{Arg, BackendError, Cuda, SiluMulExpertMix, StepLimits, Workload, int, unsupported};
 
 /// `sizeof(MixShared<T>)`: h and A in rows that are 16 bytes longer than they are, a product a warp, gates, the flag of the last block.
@@ -31,7 +31,8 @@ impl Rooms {
         }
         let tiles = limits.rows.div_ceil(MIX_ROWS);
         Self {
-            partials: tiles * m.div_ceil(MIX_COLS) * MIX_ROWS * (width + 2) * 4,
+            // Whole packs of four: kernels/silu_mul_expert_mix.cu, partial_pitch.
+            partials: tiles * m.div_ceil(MIX_COLS) * MIX_ROWS * (width + 2).next_multiple_of(4) * 4,
             arrived: tiles * 4,
         }
     }
@@ -54,6 +55,9 @@ pub(super) fn silu_mul_expert_mix<D: Driver>(
     let splits = m.div_ceil(MIX_COLS);
     let experts = ExpertOperands::of(cuda, args, splits)?;
     let driver = &cuda.driver;
+    // A block keeps its part of A from tile to tile: where there are many, it takes some.
+    let tiles = n.div_ceil(MIX_ROWS);
+    let tiles_a_block = (tiles * splits).div_ceil(MIX_BLOCKS);
     let list = [
         Arg::Pointer(args.hu.activations(driver, op, "hu")?),
         Arg::Pointer(args.gate_up.activations(driver, op, "gate_up")?),
@@ -73,8 +77,9 @@ pub(super) fn silu_mul_expert_mix<D: Driver>(
         int(args.hu.stride()),
         int(args.gate_up.stride()),
         int(args.gates.stride()),
+        int(tiles_a_block),
     ];
-    let grid = ([splits, n.div_ceil(MIX_ROWS), 1], MIX_THREADS);
+    let grid = ([splits, tiles.div_ceil(tiles_a_block), 1], MIX_THREADS);
     cuda.launch(kernel!("silu_mul_expert_mix"), grid, SHARED_BYTES, &list)
 }
 

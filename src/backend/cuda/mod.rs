@@ -15,7 +15,7 @@ mod scratch;
 mod step;
 mod tiles;
 
-pub use driver::{Arg, Driver, Gemm, Kernel, Launch, Storage};
+pub use driver::{Arg, DeviceShape, Driver, Gemm, Kernel, Launch, Storage};
 pub use memory::{Buffer, DeviceCache, DeviceMatrix};
 pub use step::DeviceStep;
 
@@ -28,6 +28,7 @@ use super::{
     StepLimits, WeightFormat, Workload,
 };
 use driver::kernel;
+use gemm::skinny_rooms;
 use memory::{Kept, matrix_bytes};
 use mix::Rooms;
 use sample::{SampleRooms, SampleScratch};
@@ -52,6 +53,9 @@ pub struct Cuda<D: Driver> {
     /// Of silu_mul_expert_mix: partial sums of its blocks, and how many have arrived.
     mix_partials: Scratch<D>,
     mix_arrived: Scratch<D>,
+    /// Of products of few rows: partial sums of splits, and how many blocks have arrived.
+    skinny_partials: Scratch<D>,
+    skinny_arrived: Scratch<D>,
     /// Of attention: what splits leave for the merge.
     attention_partials: Scratch<D>,
     sample: SampleScratch<D>,
@@ -65,6 +69,8 @@ impl<D: Driver> Cuda<D> {
             options,
             mix_partials: Scratch::new("partial sums of the experts"),
             mix_arrived: Scratch::new("counters of the experts"),
+            skinny_partials: Scratch::new("partial sums of products"),
+            skinny_arrived: Scratch::new("counters of products"),
             attention_partials: Scratch::new("partial sums of attention"),
             sample: SampleScratch::new(),
         }
@@ -267,7 +273,10 @@ impl<D: Driver> Backend for Cuda<D> {
 
     fn reserve(&mut self, work: &Workload) -> Result<(), BackendError> {
         let Rooms { partials, arrived } = Rooms::of(work);
+        let [skinny_partials, skinny_arrived] = skinny_rooms(self.driver.shape());
         let scratches = [
+            (&mut self.skinny_partials, skinny_partials),
+            (&mut self.skinny_arrived, skinny_arrived),
             (&mut self.mix_partials, partials),
             (&mut self.mix_arrived, arrived),
             (
@@ -286,7 +295,9 @@ impl<D: Driver> Backend for Cuda<D> {
         let Rooms { partials, arrived } = Rooms::of(work);
         let splits = attention::partial_bytes(&work.limits, work.heads);
         let sample = SampleRooms::new(&work.limits).all();
-        let rooms = [partials, arrived, splits].into_iter().chain(sample);
+        let rooms = [partials, arrived, splits].into_iter();
+        let skinny = skinny_rooms(self.driver.shape());
+        let rooms = rooms.chain(skinny).chain(sample);
         let rooms = rooms.map(|bytes| self.driver.occupied(bytes));
         DeviceStep::bytes(&self.driver, &work.limits) + rooms.sum::<usize>()
     }

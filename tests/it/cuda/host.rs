@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use midpo::backend::cuda::{Cuda, CudaOptions, Driver, Gemm, Launch, Storage};
+use midpo::backend::cuda::{Cuda, CudaOptions, DeviceShape, Driver, Gemm, Launch, Storage};
 use midpo::backend::{
     BackendError, KvFormat, SampleRow, Sampled, StepLayout, StepSequence, WeightFormat,
 };
@@ -31,6 +31,13 @@ struct Nowhere(Asked);
 
 impl Driver for Nowhere {
     type Memory = ();
+
+    fn shape(&self) -> DeviceShape {
+        DeviceShape {
+            multiprocessors: 132,
+            shared_bytes: 227 << 10,
+        }
+    }
 
     fn allocate(&self, _: &str, _: usize) -> Result<(), BackendError> {
         Ok(())
@@ -152,7 +159,10 @@ fn a_step_takes_nothing_from_the_allocator_once_its_results_have_been_read_at_th
             "{rows:?} at {start}"
         );
         let (launches, products) = asked.take();
-        assert!(launches > 0 && products > 0);
+        assert!(launches > 0);
+        // Few rows have a kernel of our own; the head's are few in every step.
+        let many = rows.iter().sum::<usize>() > 32;
+        assert_eq!(products > 0, many, "{rows:?}");
     }
 }
 
@@ -160,7 +170,7 @@ fn a_step_takes_nothing_from_the_allocator_once_its_results_have_been_read_at_th
 fn deterministic_multiplies_by_its_own_kernels_alone() {
     let work = |deterministic| {
         let (mut model, asked) = model(deterministic);
-        allocations(&mut model, [1, 1, 1], 5);
+        allocations(&mut model, [40, 1, 1], 5);
         asked.take()
     };
     let ((launches, products), (own_launches, none)) = (work(false), work(true));

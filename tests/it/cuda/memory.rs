@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cuda_emu::Schedule;
 use midpo::backend::cpu::{Cpu, CpuOptions};
-use midpo::backend::cuda::{Cuda, CudaOptions, Driver, Gemm, Launch, Storage};
+use midpo::backend::cuda::{Cuda, CudaOptions, DeviceShape, Driver, Gemm, Launch, Storage};
 use midpo::backend::{Backend, BackendError, KvFormat, StepLayout, StepSequence, WeightFormat};
 use midpo::dtype::BlockType;
 use midpo::model::{self, ModelOptions, RoutedLlama};
@@ -47,6 +47,13 @@ pub(super) fn counting() -> (Cuda<Counting>, Counts) {
 
 impl Driver for Counting {
     type Memory = TestMemory;
+
+    fn shape(&self) -> DeviceShape {
+        DeviceShape {
+            multiprocessors: 3,
+            shared_bytes: 227 << 10,
+        }
+    }
 
     fn allocate(&self, what: &str, bytes: usize) -> Result<TestMemory, BackendError> {
         self.counts.bytes.fetch_add(bytes, Ordering::SeqCst);

@@ -8,11 +8,15 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
-use cudarc::cublaslt::{result as lt, sys as lt_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::BackendError;
-use super::cuda::{Arg, Driver, Gemm, Launch, Storage};
+use super::cuda::{Arg, DeviceShape, Driver, Gemm, Launch};
+
+mod limits;
+mod products;
+
+use products::Products;
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
@@ -20,8 +24,9 @@ include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 const DRIVER_VERSION: i32 = 13_000;
 /// Images begin with sm_80; older GPUs have neither bf16 nor cp.async.
 const CAPABILITY: (i32, i32) = (8, 0);
-/// What cublasLt may use beside its operands.
-const WORKSPACE_BYTES: usize = 32 << 20;
+/// Kernels compiled for this virtual architecture or a newer one wait by themselves for those before them (kernels/common.cuh:
+/// wait_for_kernels_before).
+const WAITING_PTX_VERSION: i32 = 90;
 /// A page of device memory, and what the driver rounds pieces up to that share one.
 const PAGE_BYTES: usize = 2 << 20;
 const PIECE_BYTES: usize = 512;
@@ -47,6 +52,7 @@ pub struct DeviceInfo {
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    shape: DeviceShape,
     modules: Vec<Module>,
     functions: RefCell<HashMap<&'static str, Function>>,
     products: Option<Products>,
@@ -58,6 +64,8 @@ struct Function {
     handle: sys::CUfunction,
     /// Dynamic shared memory that it was allowed.
     shared_bytes: u32,
+    /// It waits by itself for the kernels before it, so that it may be put on the device while they run.
+    waits: bool,
 }
 
 // SAFETY: handles of the driver may be used from any thread; `Device` is not `Sync`, so from one at a time.
@@ -129,9 +137,11 @@ impl Device {
         };
         let modules = fatbins::<NO_KERNELS>().iter().copied().map(load);
         let modules = modules.collect::<Result<_, _>>()?;
+        let shape = shape(&context).map_err(refused("the size of its parts"))?;
         let mut device = Self {
             context,
             stream,
+            shape,
             modules,
             functions: RefCell::new(HashMap::new()),
             products: None,
@@ -168,7 +178,7 @@ impl Device {
         self.context.bind_to_thread().map_err(refused("the device"))
     }
 
-    fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction, BackendError> {
+    fn function(&self, launch: &Launch<'_>) -> Result<Function, BackendError> {
         let mut functions = self.functions.borrow_mut();
         let function = match functions.get(launch.kernel) {
             Some(function) => *function,
@@ -189,7 +199,7 @@ impl Device {
             ..function
         };
         functions.insert(launch.kernel, kept);
-        Ok(function.handle)
+        Ok(kept)
     }
 
     fn find(&self, kernel: &'static str) -> Result<Function, BackendError> {
@@ -197,13 +207,45 @@ impl Device {
             let name = CString::new(kernel).map_err(|error| unavailable(error.to_string()))?;
             // SAFETY: a loaded module.
             if let Ok(handle) = unsafe { result::module::get_function(module.0, name) } {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+                // SAFETY: a function of a loaded module.
+                let version =
+                    unsafe { result::function::get_function_attribute(handle, attribute) };
                 return Ok(Function {
                     handle,
                     shared_bytes: SHARED_BYTES,
+                    waits: version.map_err(refused(kernel))? >= WAITING_PTX_VERSION,
                 });
             }
         }
         Err(unavailable(format!("no kernel is called {kernel}")))
+    }
+}
+
+fn shape(context: &CudaContext) -> Result<DeviceShape, DriverError> {
+    use sys::CUdevice_attribute::{
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED,
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
+    };
+    let number = |attribute| {
+        context
+            .attribute(attribute)
+            .map(|value| value.max(0) as usize)
+    };
+    Ok(DeviceShape {
+        multiprocessors: number(MULTIPROCESSORS)?,
+        shared_bytes: number(SHARED)?,
+    })
+}
+
+/// A kernel may be put on the device before the one in front of it is done.
+fn starts_early() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            programmaticStreamSerializationAllowed: 1,
+        },
     }
 }
 
@@ -227,6 +269,10 @@ impl Drop for DeviceMemory {
 
 impl Driver for Device {
     type Memory = DeviceMemory;
+
+    fn shape(&self) -> DeviceShape {
+        self.shape
+    }
 
     fn allocate(&self, what: &str, bytes: usize) -> Result<DeviceMemory, BackendError> {
         self.bind()?;
@@ -332,19 +378,29 @@ impl Driver for Device {
             .iter_mut()
             .zip(launch.args)
             .for_each(|(to, arg)| *to = place(arg));
-        let [x, y, z] = launch.grid;
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let mut early = starts_early();
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut early,
+            numAttrs: u32::from(function.waits),
+        };
+        // SAFETY: the caller's promise; the driver copies configuration and arguments before it returns.
         let started = unsafe {
-            result::launch_kernel(
-                function,
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared_bytes,
-                self.stream.cu_stream(),
-                &mut places[..args],
+            sys::cuLaunchKernelEx(
+                &config,
+                function.handle,
+                places.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         };
-        started.map_err(refused(launch.kernel))
+        started.result().map_err(refused(launch.kernel))
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool, BackendError> {
@@ -354,166 +410,5 @@ impl Driver for Device {
         self.bind()?;
         // SAFETY: the caller's promise.
         unsafe { products.run(gemm, self.stream.cu_stream()) }
-    }
-}
-
-/// cublasLt, and how it multiplies each shape that was asked for.
-struct Products {
-    handle: lt_sys::cublasLtHandle_t,
-    workspace: DeviceMemory,
-    plans: RefCell<HashMap<Shape, Option<Plan>>>,
-}
-
-// SAFETY: a handle and descriptors of cublasLt may be used from any thread, one at a time.
-unsafe impl Send for Products {}
-
-/// What a plan depends on.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Shape {
-    n: usize,
-    o: usize,
-    k: usize,
-    half: bool,
-    exact: bool,
-    add: bool,
-    y_stride: usize,
-}
-
-/// Descriptors and algorithm of one shape.
-struct Plan {
-    product: lt_sys::cublasLtMatmulDesc_t,
-    w: lt_sys::cublasLtMatrixLayout_t,
-    x: lt_sys::cublasLtMatrixLayout_t,
-    y: lt_sys::cublasLtMatrixLayout_t,
-    algorithm: lt_sys::cublasLtMatmulAlgo_t,
-}
-
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: each was made once and is dropped once. There is nothing to do about an error.
-        unsafe {
-            let _ = lt::destroy_matmul_desc(self.product);
-            for layout in [self.w, self.x, self.y] {
-                let _ = lt::destroy_matrix_layout(layout);
-            }
-        }
-    }
-}
-
-impl Drop for Products {
-    fn drop(&mut self) {
-        self.plans.get_mut().clear();
-        // SAFETY: made once, dropped once.
-        let _ = unsafe { lt::destroy_handle(self.handle) };
-    }
-}
-
-impl Products {
-    /// `None` where there is no cublasLt.
-    fn new(device: &Device) -> Result<Option<Self>, BackendError> {
-        // SAFETY: it only looks for the library.
-        if !unsafe { lt_sys::is_culib_present() } {
-            tracing::warn!(
-                "libcublasLt was not found: products run on our own kernels, which are slower; install CUDA 13's cuBLAS"
-            );
-            return Ok(None);
-        }
-        device.bind()?;
-        let handle = lt::create_handle().map_err(|error| unavailable(error.to_string()))?;
-        Ok(Some(Self {
-            handle,
-            workspace: device.allocate("cublasLt's workspace", WORKSPACE_BYTES)?,
-            plans: RefCell::new(HashMap::new()),
-        }))
-    }
-
-    /// Row-major y (n, o) = x W^T is column-major y^T (o, n) = W^T' x^T: W transposed, x as it is.
-    fn plan(&self, gemm: &Gemm) -> Result<Plan, lt::CublasError> {
-        use lt_sys::{cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType_t as Type};
-        let operand = match gemm.storage {
-            Storage::BF16 => Type::CUDA_R_16BF,
-            Storage::F16 => Type::CUDA_R_16F,
-        };
-        let result_type = match gemm.exact {
-            true => Type::CUDA_R_32F,
-            false => operand,
-        };
-        let (n, o, k) = (gemm.n as u64, gemm.o as u64, gemm.k as u64);
-        let mut plan = Plan {
-            product: lt::create_matmul_desc(CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)?,
-            w: lt::create_matrix_layout(operand, k, o, gemm.k as i64)?,
-            x: lt::create_matrix_layout(operand, k, n, gemm.k as i64)?,
-            y: lt::create_matrix_layout(result_type, o, n, gemm.y_stride as i64)?,
-            // SAFETY: plain numbers, set below before they are used.
-            algorithm: unsafe { std::mem::zeroed() },
-        };
-        let transposed = 1i32;
-        let attribute = lt_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        let value = std::ptr::from_ref(&transposed).cast();
-        // SAFETY: live descriptors; the library copies the values.
-        unsafe {
-            lt::set_matmul_desc_attribute(plan.product, attribute, value, size_of::<i32>())?;
-            let preference = lt::create_matmul_pref()?;
-            let attribute = lt_sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            let value = std::ptr::from_ref(&WORKSPACE_BYTES).cast();
-            let size = size_of::<usize>();
-            let found =
-                lt::set_matmul_pref_attribute(preference, attribute, value, size).and_then(|()| {
-                    lt::get_matmul_algo_heuristic(
-                        self.handle,
-                        plan.product,
-                        plan.w,
-                        plan.x,
-                        plan.y,
-                        plan.y,
-                        preference,
-                    )
-                });
-            lt::destroy_matmul_pref(preference)?;
-            plan.algorithm = found?.algo;
-        }
-        Ok(plan)
-    }
-
-    /// `false` where cublasLt has no algorithm for the shape.
-    unsafe fn run(&self, gemm: &Gemm, stream: sys::CUstream) -> Result<bool, BackendError> {
-        let shape = Shape {
-            n: gemm.n,
-            o: gemm.o,
-            k: gemm.k,
-            half: gemm.storage == Storage::F16,
-            exact: gemm.exact,
-            add: gemm.add,
-            y_stride: gemm.y_stride,
-        };
-        let mut plans = self.plans.borrow_mut();
-        let plan = plans.entry(shape).or_insert_with(|| self.plan(gemm).ok());
-        let Some(plan) = plan else {
-            return Ok(false);
-        };
-        let (one, beta) = (1.0f32, if gemm.add { 1.0f32 } else { 0.0 });
-        // SAFETY: the caller's addresses span the shapes of the layouts; alpha and beta are read before the call returns.
-        let started = unsafe {
-            lt::matmul(
-                self.handle,
-                plan.product,
-                std::ptr::from_ref(&one).cast(),
-                std::ptr::from_ref(&beta).cast(),
-                gemm.w as *const c_void,
-                plan.w,
-                gemm.x as *const c_void,
-                plan.x,
-                gemm.y as *const c_void,
-                plan.y,
-                gemm.y as *mut c_void,
-                plan.y,
-                &plan.algorithm,
-                self.workspace.address as *mut c_void,
-                WORKSPACE_BYTES,
-                stream.cast(),
-            )
-        };
-        started.map_err(|error| unavailable(format!("cublasLt: {error}")))?;
-        Ok(true)
     }
 }
