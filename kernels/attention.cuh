@@ -17,86 +17,125 @@ __device__ __forceinline__ void fetch_heads(T* to, int rows, int size, int threa
     }
 }
 
-// The running softmax of 16 rows: this lane holds parts of rows lane / 4 and lane / 4 + 8.
-template <typename T, int C> struct Rows16 {
-    float out[C / 8][4];
-    float highest[2], total[2];
+// ROWS rows of a block of the cache, one behind the other, to shared memory by one warp: `rows` are real, `size` of their C numbers, and the
+// rest becomes zero.
+template <typename T, int C, int ROWS> __device__ __forceinline__ void fetch_block(T* to, const T* from, int rows, int size) {
+    constexpr int PACKS = C / 8, TURNS = ROWS * PACKS / WARP;
+    static_assert(TURNS * WARP == ROWS * PACKS, "whole turns of a warp");
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const int i = turn * WARP + lane_id(), row = i / PACKS, col = i % PACKS * 8;
+        ptx::cp_async_16(to + row * HEAD_PITCH<C> + col, from + row * size + col, row < rows && col < size);
+    }
+}
+
+// Two numbers 1 in one word: a column of ones beside V adds up a row's weights.
+template <typename T> __device__ __forceinline__ uint32_t pair_of_ones() { return pair_of<T>(1.f, 1.f); }
+
+// The running softmax of TILES x 16 rows: of each tile this lane holds parts of rows lane / 4 and lane / 4 + 8.
+template <typename T, int C, int TILES> struct Rows16 {
+    float out[TILES][C / 8][4];
+    float sum[TILES][4];  // of the weights as they multiply V, rounded: [0] and [2], the whole row's in every lane
+    float highest[TILES][2];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < C / 8; ++i)
+        for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) out[i][e] = 0.f;
-        highest[0] = highest[1] = -CUDART_INF_F;
-        total[0] = total[1] = 0.f;
+            for (int i = 0; i < C / 8; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) out[tile][i][e] = 0.f;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[tile][e] = 0.f;
+            highest[tile][0] = highest[tile][1] = -CUDART_INF_F;
+        }
     }
 
-    // Attends to POSITIONS keys; key p is seen by row r of this lane's two if p < limit[r]. scale: log2(e) / sqrt(c), for exp2.
-    template <int POSITIONS>
-    __device__ __forceinline__ void attend(const T* q, const T* keys, const T* values, const int (&limit)[2], float scale) {
+    __device__ __forceinline__ float total(int tile, int r) const { return sum[tile][r * 2]; }
+
+    // Attends to POSITIONS keys; where MASKED, key p is seen by row r of a tile's two if p < limit[tile][r]. scale: log2(e) / sqrt(c), for
+    // exp2.
+    template <int POSITIONS, bool MASKED>
+    __device__ __forceinline__ void attend(const T* q, const T* keys, const T* values, const int (&limit)[TILES][2], float scale) {
         const int lane = lane_id();
-        float score[POSITIONS / 8][4] = {};
+        float score[TILES][POSITIONS / 8][4] = {};
 #pragma unroll
         for (int k = 0; k < C; k += 16) {
-            uint32_t a[4];
-            ptx::ldmatrix_x4(a, q + lane % 16 * HEAD_PITCH<C> + k + lane / 16 * 8);
+            uint32_t a[TILES][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+                ptx::ldmatrix_x4(a[tile], q + (tile * 16 + lane % 16) * HEAD_PITCH<C> + k + lane / 16 * 8);
 #pragma unroll
             for (int j = 0; j < POSITIONS / 16; ++j) {
                 uint32_t b[4];  // keys j * 16 ..+8 at k, k + 8, then keys + 8 ..+16
                 ptx::ldmatrix_x4(b, keys + (j * 16 + lane / 16 * 8 + lane % 8) * HEAD_PITCH<C> + k + lane / 8 % 2 * 8);
-                ptx::mma_m16n8k16<T>(score[j * 2], a, b[0], b[1]);
-                ptx::mma_m16n8k16<T>(score[j * 2 + 1], a, b[2], b[3]);
+#pragma unroll
+                for (int tile = 0; tile < TILES; ++tile) {
+                    ptx::mma_m16n8k16<T>(score[tile][j * 2], a[tile], b[0], b[1]);
+                    ptx::mma_m16n8k16<T>(score[tile][j * 2 + 1], a[tile], b[2], b[3]);
+                }
             }
         }
-        uint32_t weight[POSITIONS / 8][2];
+        uint32_t weight[TILES][POSITIONS / 8][2];
+        float keep[TILES][2];
+        bool moved = false;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float top = highest[r];
+        for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-            for (int j = 0; j < POSITIONS / 8; ++j)
+            for (int r = 0; r < 2; ++r) {
+                float top = -CUDART_INF_F;
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& s = score[j][r * 2 + e];
-                    s = j * 8 + lane % 4 * 2 + e < limit[r] ? s * scale : -CUDART_INF_F;
-                    top = fmaxf(top, s);
+                for (int j = 0; j < POSITIONS / 8; ++j)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float& s = score[tile][j][r * 2 + e];
+                        if (MASKED && j * 8 + lane % 4 * 2 + e >= limit[tile][r]) s = -CUDART_INF_F;
+                        top = fmaxf(top, s);
+                    }
+                // The four lanes of a row.
+                top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
+                top = fmaxf(top * scale, highest[tile][r]);
+                const float base = top == -CUDART_INF_F ? 0.f : top;  // a row that has seen nothing yet: exp2(-inf - 0) = 0, not NaN
+                keep[tile][r] = ptx::exp2_approx(highest[tile][r] - base);
+                moved |= highest[tile][r] != top;
+                highest[tile][r] = top;
+#pragma unroll
+                for (int j = 0; j < POSITIONS / 8; ++j) {
+                    const float low = ptx::exp2_approx(fmaf(score[tile][j][r * 2], scale, -base));
+                    weight[tile][j][r] = pair_of<T>(low, ptx::exp2_approx(fmaf(score[tile][j][r * 2 + 1], scale, -base)));
                 }
-            // The four lanes of a row.
-            top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
-            const float base = top == -CUDART_INF_F ? 0.f : top;  // a row that has seen nothing yet: exp2(-inf - 0) = 0, not NaN
-            const float keep = exp2f(highest[r] - base);
-            float sum = 0.f;
-#pragma unroll
-            for (int j = 0; j < POSITIONS / 8; ++j) {
-                const float low = exp2f(score[j][r * 2] - base), high = exp2f(score[j][r * 2 + 1] - base);
-                weight[j][r] = pair_of<T>(low, high);
-                const float2 rounded = floats_of<T>(weight[j][r]);  // what multiplies V is what the sum must count
-                sum += rounded.x + rounded.y;
             }
-            total[r] = total[r] * keep + sum;
-            highest[r] = top;
+        // Seldom after the first positions: where no row of the warp has a new highest score, every `keep` is 1.
+        if (__any_sync(ALL_LANES, moved)) {
 #pragma unroll
-            for (int i = 0; i < C / 8; ++i) out[i][r * 2] *= keep, out[i][r * 2 + 1] *= keep;
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    sum[tile][r * 2] *= keep[tile][r], sum[tile][r * 2 + 1] *= keep[tile][r];
+#pragma unroll
+                    for (int i = 0; i < C / 8; ++i) out[tile][i][r * 2] *= keep[tile][r], out[tile][i][r * 2 + 1] *= keep[tile][r];
+                }
         }
 #pragma unroll
         for (int j = 0; j < POSITIONS / 16; ++j) {
-            const uint32_t a[4] = {weight[j * 2][0], weight[j * 2][1], weight[j * 2 + 1][0], weight[j * 2 + 1][1]};
+            uint32_t a[TILES][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                a[tile][0] = weight[tile][j * 2][0], a[tile][1] = weight[tile][j * 2][1];
+                a[tile][2] = weight[tile][j * 2 + 1][0], a[tile][3] = weight[tile][j * 2 + 1][1];
+                ptx::mma_m16n8k16<T>(sum[tile], a[tile], pair_of_ones<T>(), pair_of_ones<T>());
+            }
 #pragma unroll
             for (int i = 0; i < C / 16; ++i) {
                 uint32_t b[4];  // columns i * 16 ..+8 of positions j * 16 ..+8, ..+16, then columns + 8 ..+16
                 ptx::ldmatrix_x4_transposed(b, values + (j * 16 + lane % 16) * HEAD_PITCH<C> + i * 16 + lane / 16 * 8);
-                ptx::mma_m16n8k16<T>(out[i * 2], a, b[0], b[1]);
-                ptx::mma_m16n8k16<T>(out[i * 2 + 1], a, b[2], b[3]);
-            }
-        }
-    }
-
-    // Lanes hold parts of a row's total: their sum.
-    __device__ __forceinline__ void join() {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
-            total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
+                for (int tile = 0; tile < TILES; ++tile) {
+                    ptx::mma_m16n8k16<T>(out[tile][i * 2], a[tile], b[0], b[1]);
+                    ptx::mma_m16n8k16<T>(out[tile][i * 2 + 1], a[tile], b[2], b[3]);
+                }
+            }
         }
     }
 };

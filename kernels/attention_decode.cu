@@ -3,8 +3,9 @@
 //        once for the group. Its warps take turns at the blocks of the cache, each with two stages of cp.async of its own and an online
 //        softmax of its own, merged in shared memory in the order of the warps. A sequence of one split is written at once; else
 //        attention_merge adds the splits in their order. Splits have one size, so a row's bits depend on nothing but its own length.
+//        The step's lists are there before any of its kernels runs: they are read before the kernels in front are done (EARLY_KERNEL).
 // Bound: memory, 2 (L + 1) kv c sizeof(T) bytes a sequence of context L. In flight: DECODE_WARPS * 2 stages of K and V, 64 KB at c = 128.
-// Checked: 128 registers; HMMA LDSM LDGSTS
+// Checked: 168 registers; HMMA LDSM LDGSTS
 #include "attention.cuh"
 
 constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
@@ -13,20 +14,23 @@ static_assert(DECODE_HEADS == 16 && KV_BLOCK == 16, "fragments of mma.m16n8k16")
 // What a split leaves for the merge, for each (row, head, split): C numbers of out, then highest and total.
 constexpr int PARTIAL = HEAD_SIZE_MAX + 2;
 
-// rows (grid.x): sequences with one row; sequences (s, 4) and the rest as in attention_prefill; partials (rows, query, splits, PARTIAL).
-// Grid: (rows, kv heads * head tiles, splits). A sequence of -1 fills a bucket: nothing is read or written for it.
+// rows (grid.x, 4) of sequences with one: row in the step, its position, place of the sequence's block table in `blocks`, 0; the rest as in
+// attention_prefill; partials (rows, query, splits, PARTIAL). Grid: (rows, kv heads * head tiles, splits). A row of -1 fills a bucket:
+// nothing is read or written for it.
 template <typename T, int C>
 __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ partials, const T* __restrict__ qkv,
-                                       const T* __restrict__ k_cache, const T* __restrict__ v_cache, const int* __restrict__ rows,
-                                       const int* __restrict__ sequences, const int* __restrict__ blocks, int query, int kv, int c,
-                                       int qkv_stride, int y_stride, float scale) {
+                                       const T* __restrict__ k_cache, const T* __restrict__ v_cache, const int4* __restrict__ rows,
+                                       const int* __restrict__ blocks, int query, int kv, int c, int qkv_stride, int y_stride,
+                                       float scale) {
     constexpr int PITCH = HEAD_PITCH<C>, TILE = KV_BLOCK * PITCH;
-    if (rows[blockIdx.x] < 0) return;
-    const int* sequence = sequences + rows[blockIdx.x] * 4;
-    const int keys = sequence[2] + 1, first_key = blockIdx.z * DECODE_SPLIT;
-    if (first_key >= keys) return;
-    const int row = sequence[0], splits = ceil_div(keys, DECODE_SPLIT);
-    const int* table = blocks + sequence[3] + first_key / KV_BLOCK;
+    const int4 place = rows[blockIdx.x];
+    const int row = place.x, keys = place.y + 1, first_key = blockIdx.z * DECODE_SPLIT;
+    if (row < 0 || first_key >= keys) {
+        ptx::wait_for_kernels_before();
+        return;
+    }
+    const int splits = ceil_div(keys, DECODE_SPLIT);
+    const int* table = blocks + place.z + first_key / KV_BLOCK;
     const int group = query / kv, head_tiles = ceil_div(group, DECODE_HEADS);
     const int kv_head = blockIdx.y / head_tiles, head0 = blockIdx.y % head_tiles * DECODE_HEADS;
     const int heads = min(DECODE_HEADS, group - head0), count = min(DECODE_SPLIT, keys - first_key);
@@ -35,39 +39,37 @@ __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ pa
     T* q_tile = shared;
     const int warp = warp_id(), lane = lane_id();
     T* mine = shared + DECODE_HEADS * PITCH + warp * 4 * TILE;  // stage, then K or V
+    const int turns = ceil_div(count, KV_BLOCK);
+    const int first_block = warp < turns ? table[warp] : 0;
+    ptx::wait_for_kernels_before();
     fetch_heads<T, C>(q_tile, DECODE_HEADS, c, threadIdx.x, DECODE_THREADS, [&](int r) -> const T* {
         return r < heads ? qkv + size_t(row) * qkv_stride + (kv_head * group + head0 + r) * c : nullptr;
     });
     ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // the queries are there for all warps
 
-    const int turns = ceil_div(count, KV_BLOCK);
     const auto fetch = [&](int turn) {
         if (turn < turns) {
-            const size_t head = size_t(table[turn]) * kv + kv_head;
-            const auto row_of = [&](const T* cache) {
-                return [=](int r) -> const T* { return turn * KV_BLOCK + r < count ? cache + (head * KV_BLOCK + r) * c : nullptr; };
-            };
+            const size_t head = size_t(turn == warp ? first_block : table[turn]) * kv + kv_head;
             T* at = mine + turn / DECODE_WARPS % 2 * 2 * TILE;
-            fetch_heads<T, C>(at, KV_BLOCK, c, lane, WARP, row_of(k_cache));
-            fetch_heads<T, C>(at + TILE, KV_BLOCK, c, lane, WARP, row_of(v_cache));
+            fetch_block<T, C, KV_BLOCK>(at, k_cache + head * KV_BLOCK * c, count - turn * KV_BLOCK, c);
+            fetch_block<T, C, KV_BLOCK>(at + TILE, v_cache + head * KV_BLOCK * c, count - turn * KV_BLOCK, c);
         }
         ptx::cp_async_commit();
     };
-    Rows16<T, C> state;
+    Rows16<T, C, 1> state;
     state.clear();
     fetch(warp);
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // the queries are there for all warps
     for (int turn = warp; turn < turns; turn += DECODE_WARPS) {
         fetch(turn + DECODE_WARPS);
         ptx::cp_async_wait<1>();
         __syncwarp();
         const T* at = mine + turn / DECODE_WARPS % 2 * 2 * TILE;
-        const int left = count - turn * KV_BLOCK, limit[2] = {left, left};
-        state.template attend<KV_BLOCK>(q_tile, at, at + TILE, limit, scale);
+        const int left = count - turn * KV_BLOCK, limit[1][2] = {{left, left}};
+        state.template attend<KV_BLOCK, true>(q_tile, at, at + TILE, limit, scale);
         __syncwarp();
     }
-    state.join();
     ptx::cp_async_wait<0>();
     __syncthreads();  // K and V are no longer needed: the warps' results take their place
 
@@ -76,8 +78,8 @@ __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ pa
     for (int r = 0; r < 2; ++r) {
         float* to = results + (warp * DECODE_HEADS + lane / 4 + r * 8) * (C + 2);
 #pragma unroll
-        for (int i = 0; i < C / 8; ++i) to[i * 8 + lane % 4 * 2] = state.out[i][r * 2], to[i * 8 + lane % 4 * 2 + 1] = state.out[i][r * 2 + 1];
-        if (lane % 4 == 0) to[C] = state.highest[r], to[C + 1] = state.total[r];
+        for (int i = 0; i < C / 8; ++i) to[i * 8 + lane % 4 * 2] = state.out[0][i][r * 2], to[i * 8 + lane % 4 * 2 + 1] = state.out[0][i][r * 2 + 1];
+        if (lane % 4 == 0) to[C] = state.highest[0][r], to[C + 1] = state.total(0, r);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < heads * c; i += DECODE_THREADS) {
@@ -107,15 +109,15 @@ __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ pa
 
 #define DECODE(C)                                                                                                                         \
     template <typename T>                                                                                                                 \
-    __device__ void attention_decode_##C(T* y, float* partials, const T* qkv, const T* k_cache, const T* v_cache, const int* rows,        \
-                                         const int* sequences, const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, \
+    __device__ void attention_decode_##C(T* y, float* partials, const T* qkv, const T* k_cache, const T* v_cache, const int4* rows,       \
+                                         const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, \
                                          float scale) {                                                                                   \
-        decode<T, C>(y, partials, qkv, k_cache, v_cache, rows, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale);             \
+        decode<T, C>(y, partials, qkv, k_cache, v_cache, rows, blocks, query, kv, c, qkv_stride, y_stride, scale);             \
     }                                                                                                                                     \
-    KERNEL(attention_decode_##C, (DECODE_THREADS, 4),                                                                                        \
-           (T * y, float* partials, const T* qkv, const T* k_cache, const T* v_cache, const int* rows, const int* sequences,              \
-            const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale),                                      \
-           (y, partials, qkv, k_cache, v_cache, rows, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale))
+    EARLY_KERNEL(attention_decode_##C, (DECODE_THREADS, 3),                                                                               \
+                 (T * y, float* partials, const T* qkv, const T* k_cache, const T* v_cache, const int4* rows,                             \
+                  const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale),                                \
+                 (y, partials, qkv, k_cache, v_cache, rows, blocks, query, kv, c, qkv_stride, y_stride, scale))
 DECODE(16)
 DECODE(32)
 DECODE(64)
@@ -125,12 +127,12 @@ DECODE(128)
 
 // y of the sequences with more than one split, from their partials. A warp a head. Grid: (rows, head tiles).
 template <typename T>
-__device__ void attention_merge(T* __restrict__ y, const float* __restrict__ partials, const int* __restrict__ rows,
-                                const int* __restrict__ sequences, int query, int c, int y_stride, int splits_max) {
+__device__ void attention_merge(T* __restrict__ y, const float* __restrict__ partials, const int4* __restrict__ rows, int query, int c,
+                                int y_stride, int splits_max) {
     const int head = blockIdx.y * MERGE_WARPS + warp_id();
-    if (head >= query || rows[blockIdx.x] < 0) return;
-    const int* sequence = sequences + rows[blockIdx.x] * 4;
-    const int splits = ceil_div(sequence[2] + 1, DECODE_SPLIT);
+    const int4 place = rows[blockIdx.x];
+    if (head >= query || place.x < 0) return;
+    const int splits = ceil_div(place.y + 1, DECODE_SPLIT);
     if (splits == 1) return;
     const float* from = partials + (size_t(blockIdx.x) * query + head) * splits_max * PARTIAL;
     float top = from[HEAD_SIZE_MAX];
@@ -143,10 +145,10 @@ __device__ void attention_merge(T* __restrict__ y, const float* __restrict__ par
             sum += keep * part[col];
             total += keep * part[HEAD_SIZE_MAX + 1];
         }
-        y[size_t(sequence[0]) * y_stride + head * c + col] = from_float<T>(sum / total);
+        y[size_t(place.x) * y_stride + head * c + col] = from_float<T>(sum / total);
     }
 }
 
 KERNEL(attention_merge, (MERGE_WARPS * WARP),
-       (T* y, const float* partials, const int* rows, const int* sequences, int query, int c, int y_stride, int splits_max),
-       (y, partials, rows, sequences, query, c, y_stride, splits_max))
+       (T* y, const float* partials, const int4* rows, int query, int c, int y_stride, int splits_max),
+       (y, partials, rows, query, c, y_stride, splits_max))

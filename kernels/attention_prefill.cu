@@ -1,12 +1,15 @@
 // attention (rows of sequences with more than one row in the step): contract in src/backend/ops.rs, arithmetic in src/backend/reference.rs.
 // Plan:  a block owns PREFILL_ROWS rows of queries: the heads of one K/V head of some tokens of one sequence. K and V of
 //        PREFILL_POSITIONS positions come through shared memory in two stages of cp.async, whole blocks of the paged cache; a warp
-//        attends for 16 rows. Tiles of K and V behind the last token are not read.
+//        attends for PREFILL_TILES x 16 rows, so that a fragment of K or V serves that many mma. Tiles of K and V behind the last token
+//        are not read, those behind a warp's last are not multiplied, and only those across the diagonal are masked. The tiles with the
+//        longest context, a prompt's last, begin first.
 // Bound: the tensor cores, 2 c (L + 1) operations a query head and token of context L; memory, K and V once a block.
-// Checked: 168 registers; HMMA LDSM LDGSTS
+// Checked: 255 registers; HMMA LDSM LDGSTS
 #include "attention.cuh"
 
-static_assert(PREFILL_THREADS / WARP * 16 == PREFILL_ROWS, "a warp 16 rows");
+constexpr int PREFILL_WARP_ROWS = PREFILL_ROWS / (PREFILL_THREADS / WARP), PREFILL_TILES = PREFILL_WARP_ROWS / 16;
+static_assert(PREFILL_TILES * 16 * (PREFILL_THREADS / WARP) == PREFILL_ROWS, "warps take whole tiles of 16 rows");
 static_assert(PREFILL_POSITIONS % KV_BLOCK == 0, "whole blocks of the cache");
 
 // tiles (grid.x, 2): sequence, its first token of this tile; sequences (s, 4): first row in the step, rows, position of the first, place of
@@ -22,8 +25,9 @@ __device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__
     T* q_tile = shared;
     T* kv_tiles = shared + PREFILL_ROWS * PITCH;  // stage, then K or V
     const int group = query / kv, kv_head = blockIdx.y, tokens = PREFILL_ROWS / group;
-    const int* sequence = sequences + tiles[blockIdx.x * 2] * 4;
-    const int token0 = tiles[blockIdx.x * 2 + 1], count = min(tokens, sequence[1] - token0);
+    const int* tile = tiles + (gridDim.x - 1 - blockIdx.x) * 2;
+    const int* sequence = sequences + tile[0] * 4;
+    const int token0 = tile[1], count = min(tokens, sequence[1] - token0);
     const int row0 = sequence[0] + token0, start = sequence[2] + token0;
     const int* table = blocks + sequence[3];
     const int keys = start + count;  // of the last token
@@ -49,11 +53,10 @@ __device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__
         ptx::cp_async_commit();
     };
 
-    const int warp_row = warp_id() * 16, lane = lane_id();
-    int limit[2];  // keys that a row sees
-#pragma unroll
-    for (int r = 0; r < 2; ++r) limit[r] = min(start + (warp_row + lane / 4 + r * 8) / group + 1, keys);
-    Rows16<T, C> rows;
+    const int warp_row = warp_id() * PREFILL_WARP_ROWS, lane = lane_id();
+    const auto limit_of = [&](int row) { return min(start + row / group + 1, keys); };  // keys that a row sees
+    const int fewest = limit_of(warp_row), most = warp_row < count * group ? limit_of(warp_row + PREFILL_WARP_ROWS - 1) : 0;
+    Rows16<T, C, PREFILL_TILES> rows;
     rows.clear();
     fetch(0);
     for (int stage = 0; stage < stages; ++stage) {
@@ -62,24 +65,32 @@ __device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__
         __syncthreads();
         const int first = stage * PREFILL_POSITIONS;
         const T* at = kv_tiles + stage % 2 * 2 * TILE;
-        const int left[2] = {limit[0] - first, limit[1] - first};
-        rows.template attend<PREFILL_POSITIONS>(q_tile + warp_row * PITCH, at, at + TILE, left, scale);
+        int left[PREFILL_TILES][2];
+#pragma unroll
+        for (int t = 0; t < PREFILL_TILES; ++t)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) left[t][r] = limit_of(warp_row + t * 16 + lane / 4 + r * 8) - first;
+        if (first + PREFILL_POSITIONS <= fewest)
+            rows.template attend<PREFILL_POSITIONS, false>(q_tile + warp_row * PITCH, at, at + TILE, left, scale);
+        else if (first < most)
+            rows.template attend<PREFILL_POSITIONS, true>(q_tile + warp_row * PITCH, at, at + TILE, left, scale);
         __syncthreads();
     }
-    rows.join();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = warp_row + lane / 4 + r * 8;
-        if (row >= count * group) continue;
-        T* to = y + size_t(row0 + row / group) * y_stride + (kv_head * group + row % group) * c;
-        const float norm = 1.f / rows.total[r];
+    for (int t = 0; t < PREFILL_TILES; ++t)
 #pragma unroll
-        for (int i = 0; i < C / 8; ++i) {
-            if (i * 8 >= c) continue;
-            const uint32_t pair = pair_of<T>(rows.out[i][r * 2] * norm, rows.out[i][r * 2 + 1] * norm);
-            *reinterpret_cast<uint32_t*>(to + i * 8 + lane % 4 * 2) = pair;
+        for (int r = 0; r < 2; ++r) {
+            const int row = warp_row + t * 16 + lane / 4 + r * 8;
+            if (row >= count * group) continue;
+            T* to = y + size_t(row0 + row / group) * y_stride + (kv_head * group + row % group) * c;
+            const float norm = 1.f / rows.total(t, r);
+#pragma unroll
+            for (int i = 0; i < C / 8; ++i) {
+                if (i * 8 >= c) continue;
+                const uint32_t pair = pair_of<T>(rows.out[t][i][r * 2] * norm, rows.out[t][i][r * 2 + 1] * norm);
+                *reinterpret_cast<uint32_t*>(to + i * 8 + lane % 4 * 2) = pair;
+            }
         }
-    }
 }
 
 #define PREFILL(C)                                                                                                                         \

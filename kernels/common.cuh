@@ -86,14 +86,17 @@ template <int N> struct PackedWords;
 template <> struct PackedWords<4> { using type = uint2; };
 template <> struct PackedWords<8> { using type = uint4; };
 
-template <int N, typename T> __device__ __forceinline__ void load(float (&v)[N], const T* p) {
+template <typename T, int N> __device__ __forceinline__ void unpack(float (&v)[N], const typename PackedWords<N>::type& packed) {
     union { typename PackedWords<N>::type packed; uint32_t word[N / 2]; } u;
-    u.packed = *reinterpret_cast<const typename PackedWords<N>::type*>(p);
+    u.packed = packed;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
         const float2 pair = floats_of<T>(u.word[i]);
         v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
     }
+}
+template <int N, typename T> __device__ __forceinline__ void load(float (&v)[N], const T* p) {
+    unpack<T>(v, *reinterpret_cast<const typename PackedWords<N>::type*>(p));
 }
 template <int N, typename T> __device__ __forceinline__ void store(T* p, const float (&v)[N]) {
     union { typename PackedWords<N>::type packed; uint32_t word[N / 2]; } u;
@@ -153,6 +156,17 @@ __device__ __forceinline__ void wait_for_kernels_before() {
 __device__ __forceinline__ void let_kernels_behind_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// 2^x; what is below the normal numbers is 0. exp2f would scale such x first, for results that nothing here can see.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef MIDPO_EMU
+    return std::exp2(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 #endif
 }
 

@@ -8,7 +8,7 @@
 //        that several blocks share, the one that arrives last adds all parts in the order of the blocks. The cut depends on W and the
 //        number of blocks alone, so a row's bits do not depend on the batch.
 // Bound: memory, o * k * sizeof(T) bytes.
-// Checked: 128 registers; HMMA LDGSTS
+// Checked: 192 registers; HMMA LDGSTS
 #include "common.cuh"
 
 constexpr int SKINNY_WARPS = SKINNY_THREADS / WARP;
@@ -101,25 +101,86 @@ __device__ __forceinline__ void multiply(float (&sum)[SKINNY_COLS / 16][TILES][4
     }
 }
 
-// Four sums to y, as many of them as there are columns.
-template <typename Y> __device__ __forceinline__ void write_four(Y* y, const float4& sum, int cols, int add) {
-    float four[4] = {sum.x, sum.y, sum.z, sum.w};
-    if (cols >= 4) {
-        float old[4] = {};
-        if (add) load(old, y);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) four[i] += old[i];
-        store(y, four);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < cols) y[i] = from_float<Y>(four[i] + (add ? to_float(y[i]) : 0.f));
-    }
-}
-
 __device__ __forceinline__ void add_to(float4& sum, const float4& four) {
     sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
 }
+
+// A thread's part of a tile of y: four columns of a row, ITEMS times. All loads of a step are under way before the first is used.
+template <int TILES> struct SkinnyItems {
+    static constexpr int ITEMS = ceil_div(TILES * 8 * (SKINNY_COLS / 4), SKINNY_THREADS);
+    static constexpr int PARTS = 4;  // of a tile that are fetched at once
+    float4 sum[ITEMS];
+    const int n;
+
+    __device__ __forceinline__ explicit SkinnyItems(int n_) : n(n_) {
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item) sum[item] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    __device__ __forceinline__ static int at(int item) { return item * SKINNY_THREADS + threadIdx.x; }
+    __device__ __forceinline__ static int row(int item) { return at(item) / (SKINNY_COLS / 4); }
+    __device__ __forceinline__ static int col(int item) { return at(item) % (SKINNY_COLS / 4) * 4; }
+    __device__ __forceinline__ bool is_there(int item) const { return row(item) < n; }
+
+    __device__ __forceinline__ void add_warps(const SkinnyShared<TILES>& shared) {
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item)
+#pragma unroll
+            for (int warp = 0; warp < SKINNY_WARPS; ++warp)
+                if (is_there(item)) add_to(sum[item], *reinterpret_cast<const float4*>(&shared.sums[warp][row(item)][col(item)]));
+    }
+    __device__ __forceinline__ void leave(float* part) const {
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item)
+            if (is_there(item)) *reinterpret_cast<float4*>(part + at(item) * 4) = sum[item];
+    }
+    // part_of(i) for i in first..=last, in that order.
+    template <typename Part> __device__ __forceinline__ void add_parts(int first, int last, Part part_of) {
+        for (; first <= last; first += PARTS) {
+            float4 part[ITEMS][PARTS];
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+                for (int item = 0; item < ITEMS; ++item)
+                    part[item][i] = first + i <= last && is_there(item)
+                                        ? __ldcg(reinterpret_cast<const float4*>(part_of(first + i) + at(item) * 4))
+                                        : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+                for (int item = 0; item < ITEMS; ++item) add_to(sum[item], part[item][i]);
+        }
+    }
+    // y: the tile's first column of row 0, with `cols` from there on.
+    template <typename Y> __device__ __forceinline__ void write(Y* y, int cols, int y_stride, int add) const {
+        float old[ITEMS][4] = {};
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item) {
+            const Y* from = y + size_t(row(item)) * y_stride + col(item);
+            if (!add || !is_there(item)) continue;
+            if (col(item) + 4 <= cols) {
+                load(old[item], from);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (col(item) + i < cols) old[item][i] = to_float(from[i]);
+            }
+        }
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item) {
+            Y* to = y + size_t(row(item)) * y_stride + col(item);
+            const float four[4] = {sum[item].x + old[item][0], sum[item].y + old[item][1], sum[item].z + old[item][2],
+                                   sum[item].w + old[item][3]};
+            if (!is_there(item)) continue;
+            if (col(item) + 4 <= cols) {
+                store(to, four);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (col(item) + i < cols) to[i] = from_float<Y>(four[i]);
+            }
+        }
+    }
+};
 
 // y (n, y_stride) in Y, x (n, k), w (o, k); n <= TILES * 8, k % 8 == 0 and padded with zeros in both. partials (2 * blocks, n, SKINNY_COLS):
 // a block's part of its first tile, and of its last; arrived (blocks), of the tile that the block began and others go on with, zero before
@@ -178,33 +239,25 @@ __device__ __forceinline__ void gemm_skinny(Y* __restrict__ y, const T* __restri
         // Only the first of a tile's blocks can have begun in another.
         const bool begun_before = work.first_of(first_block) < tile * turns;
         const auto part_of = [&](int of) { return partials + size_t(2 * of + (of == first_block && begun_before)) * n * SKINNY_COLS; };
-        float* mine = part_of(block);
-        for (int i = threadIdx.x; i < n * (SKINNY_COLS / 4); i += SKINNY_THREADS) {
-            const int row = i / (SKINNY_COLS / 4), col = i % (SKINNY_COLS / 4) * 4;
-            float4 all = *reinterpret_cast<const float4*>(&shared.sums[0][row][col]);
-#pragma unroll
-            for (int warp = 1; warp < SKINNY_WARPS; ++warp) add_to(all, *reinterpret_cast<const float4*>(&shared.sums[warp][row][col]));
-            if (whole)
-                write_four(y + size_t(row) * y_stride + col0 + col, all, o - col0 - col, add);
-            else
-                *reinterpret_cast<float4*>(mine + i * 4) = all;
+        SkinnyItems<TILES> items(n);
+        items.add_warps(shared);
+        if (whole) {
+            items.write(y + col0, o - col0, y_stride, add);
+            continue;
         }
-        if (whole) continue;
-
-        __threadfence();  // the part is out before the arrival is counted
+        items.leave(part_of(block));
         __syncthreads();
-        if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived + first_block, 1u) == unsigned(last_block - first_block);
+        if (threadIdx.x == 0) {
+            __threadfence();  // all of the part is out before the arrival is counted
+            shared.is_last = atomicAdd(arrived + first_block, 1u) == unsigned(last_block - first_block);
+        }
         __syncthreads();
         if (!shared.is_last) continue;
         __threadfence();
         if (threadIdx.x == 0) arrived[first_block] = 0;
-        for (int i = threadIdx.x; i < n * (SKINNY_COLS / 4); i += SKINNY_THREADS) {
-            const int row = i / (SKINNY_COLS / 4), col = i % (SKINNY_COLS / 4) * 4;
-            float4 all = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-            for (int of = first_block; of <= last_block; ++of) add_to(all, __ldcg(reinterpret_cast<const float4*>(part_of(of) + i * 4)));
-            write_four(y + size_t(row) * y_stride + col0 + col, all, o - col0 - col, add);
-        }
+        SkinnyItems<TILES> all(n);
+        all.add_parts(first_block, last_block, part_of);
+        all.write(y + col0, o - col0, y_stride, add);
     }
 }
 
@@ -214,7 +267,7 @@ __device__ __forceinline__ void gemm_skinny(Y* __restrict__ y, const T* __restri
                                                 int y_stride, int add) {                                                               \
         gemm_skinny<T, Y, TILES>(y, x, w, partials, arrived, n, o, k, y_stride, add);                                                  \
     }                                                                                                                                  \
-    EARLY_KERNEL(gemm_skinny_##TILES##SUFFIX, (SKINNY_THREADS),                                                                        \
+    EARLY_KERNEL(gemm_skinny_##TILES##SUFFIX, (SKINNY_THREADS, 1),                                                                        \
                  (Y * y, const T* x, const T* w, float* partials, unsigned* arrived, int n, int o, int k, int y_stride, int add),      \
                  (y, x, w, partials, arrived, n, o, k, y_stride, add))
 SKINNY(1, , T)

@@ -117,17 +117,15 @@ fn decode<D: Driver>(
     let (k, v) = args.cache.layer(driver, args.layer);
     let instance = Instance::of(heads.size);
     let y = Arg::Pointer(args.y.activations(driver, "attention", "y")?);
-    let (list_of_rows, sequences) = (rows.address, args.step.sequences(driver));
     let list = [
         y,
         Arg::Pointer(partials),
         Arg::Pointer(args.qkv.activations(driver, "attention", "qkv")?),
         Arg::Pointer(k),
         Arg::Pointer(v),
-        Arg::Pointer(list_of_rows),
-        Arg::Pointer(sequences),
+        Arg::Pointer(rows.address),
     ];
-    let list: [Arg; 14] = both(list, operands(cuda, args)?);
+    let list: [Arg; 13] = both(list, operands(cuda, args)?);
     let head_tiles = (heads.query / heads.kv).div_ceil(DECODE_HEADS);
     let tiles = DECODE_HEADS + DECODE_WARPS * 4 * KV_BLOCK;
     let grid = (
@@ -141,8 +139,7 @@ fn decode<D: Driver>(
     let list = [
         y,
         Arg::Pointer(partials),
-        Arg::Pointer(list_of_rows),
-        Arg::Pointer(sequences),
+        Arg::Pointer(rows.address),
         int(heads.query),
         int(heads.size),
         int(args.y.stride()),

@@ -4,11 +4,12 @@ use super::driver::{Driver, kernel};
 use super::tiles::{MIX_BLOCKS, MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP};
 use super::{Arg, BackendError, Cuda, SiluMulExpertMix, StepLimits, Workload, int, unsupported};
 
-/// `sizeof(MixShared<T>)`: h and A in rows that are 16 bytes longer than they are, a product a warp, gates, the flag of the last block.
+/// `sizeof(MixShared<T>)`: h and A in rows that are 16 bytes longer than they are, a product a warp, dots of parts of rows, gates, the flag of
+/// the last block.
 const SHARED_BYTES: usize = (MIX_ROWS + MIX_WIDTH) * (MIX_COLS + 8) * 2
     + MIX_THREADS / WARP * MIX_ROWS * MIX_WIDTH * 4
-    + MIX_ROWS * 2 * 4
-    + 4;
+    + (MIX_COLS / (WARP * 8) + 1) * MIX_ROWS * 2 * 4
+    + 16;
 
 /// Bytes beside the operands.
 #[derive(Default)]

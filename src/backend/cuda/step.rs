@@ -29,7 +29,7 @@ struct Places {
     sequences: usize,
     /// (s, 6) f32: bias, floor and ceiling of both gates.
     rules: usize,
-    /// Sequences with one row.
+    /// (s, 4) of sequences with one row: that row, its position, place of its table in `blocks`, 0.
     single_rows: usize,
     blocks: usize,
     end: usize,
@@ -53,7 +53,7 @@ impl Places {
             logit_rows: place(limits.logit_rows),
             sequences: place(4 * sequences),
             rules: place(6 * sequences),
-            single_rows: place(sequences),
+            single_rows: place(4 * sequences),
             blocks: place(limits.blocks_in_a_step()),
             end: place(0),
         }
@@ -144,7 +144,9 @@ impl<D: Driver> DeviceStep<D> {
                 words[at.sequence_of + row] = i as u32;
             }
             if sequence.rows == 1 {
-                words[at.single_rows + self.single_rows] = i as u32;
+                let place = [sequence.first_row, sequence.start, table, 0];
+                words[at.single_rows + 4 * self.single_rows..][..4]
+                    .copy_from_slice(&place.map(|x| x as u32));
                 self.single_rows += 1;
                 self.longest = self.longest.max(sequence.start + 1);
             }
