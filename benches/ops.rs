@@ -1,5 +1,5 @@
 //! Single ops of the CPU backend beside what the machine can do: bytes read and multiply-adds a second, measured in the same
-//! run. `cargo bench --bench ops [-- WORD]` runs the ops whose line contains WORD.
+//! run. `cargo bench --bench ops [-- WORD [ISA]]` runs the ops whose line contains WORD, on an instruction set.
 //!
 //! Inputs are random. A figure is the median of its repeats, with the fastest in brackets; on a shared machine read the fractions.
 
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use midpo::backend::cpu::limits::{ReadBuffer, peaks};
-use midpo::backend::cpu::{Cpu, CpuOptions};
+use midpo::backend::cpu::{Cpu, CpuOptions, Isa};
 use midpo::backend::ops::{self, ExpertShape, Heads};
 use midpo::backend::{
     Backend, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, StepSequence, WeightFormat,
@@ -58,8 +58,13 @@ fn on_all(threads: usize, part: impl Fn(usize) + Sync) {
 }
 
 impl Machine {
-    fn measure(filter: Option<String>) -> Self {
-        let cpu = Cpu::new(CpuOptions::default()).unwrap();
+    fn measure(filter: Option<String>, isa: Option<&str>) -> Self {
+        let isa = isa.map(|name| {
+            let mut all = Isa::ALL.into_iter();
+            all.find(|isa| isa.as_str() == name).unwrap()
+        });
+        let options = CpuOptions { isa, threads: None };
+        let cpu = Cpu::new(options).unwrap();
         let threads = cpu.threads();
         let buffer = ReadBuffer::new(WEIGHT_BYTES).unwrap();
         let (_, least) = time(|| on_all(threads, |i| buffer.read_part(i, threads)));
@@ -355,8 +360,11 @@ fn rms_norm(machine: &mut Machine, d: usize, n: usize) {
 
 fn main() {
     // `cargo bench` passes `--bench`.
-    let filter = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    let machine = &mut Machine::measure(filter);
+    let mut words = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'));
+    let (filter, isa) = (words.next(), words.next());
+    let machine = &mut Machine::measure(filter, isa.as_deref());
     let rows = [1, 2, 4, 6, 8, 32, 512];
     for dtype in [DType::F32, DType::BF16] {
         matmul(machine, (8192, 2048, 0), dtype, &rows);

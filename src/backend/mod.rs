@@ -164,8 +164,13 @@ pub trait Backend: Sized + Send + 'static {
     /// The word used in flags and logs.
     fn name(&self) -> &'static str;
 
+    /// Whether block formats meet x in int8 here ([`ops::MATMUL`]); elsewhere they are widened once, and small matrices lose by them.
+    fn quantises(&self) -> bool {
+        true
+    }
+
     /// Stacks `parts` (equal cols, any formats) along their rows into one matrix, with `extension` (same rows in all) behind
-    /// its columns. Parts are kept as `format` says; the extension as it comes, f32 or bf16.
+    /// its columns. Parts are kept as `format` says; the extension as it comes, f32, bf16 or q8_0.
     fn matrix(
         &self,
         parts: &[HostMatrix<'_>],

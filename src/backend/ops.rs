@@ -5,7 +5,7 @@
 //! experts' ranks together, `r` rows whose logits are wanted, `l` layers, `c` head size, `p` positions.
 
 use super::step::HostStep;
-use super::{Backend, BackendError, HostMatrix, KvShape, Matrix, Shaped};
+use super::{Backend, BackendError, HostMatrix, KvShape, Matrix, Shaped, WeightFormat};
 use crate::dtype::DType;
 
 /// How far a backend may be from the reference, as a fraction of the largest magnitude of the output.
@@ -62,8 +62,8 @@ pub const RMS_NORM: Op = Op {
 /// Every linear map of the model, with the routed mix as an extension of K.
 pub const MATMUL: Op = Op {
     name: "matmul",
-    formula: "y (+)= [W | X] [x_k ; x_w]; X is the extension [s B_s | s B_h] (MIDPO.md 1), w = 0 without one; a part of W in a block \
-              format meets quantise_block(x_k), unless the matrix was made with WeightFormat::F32; a GPU widens such a part and rounds it to its storage",
+    formula: "y (+)= [W | X] [x_k ; x_w]; X is the extension [s B_s | s B_h] (MIDPO.md 1), w = 0 without one; what of W or X is in a block \
+              format meets quantise_block(x) where meets_integers says so; a GPU widens it and rounds it to its storage",
     operands: &[("x", "n k+w"), ("w", "o k+w"), (">y", "n o")],
     layout: "W is stored by the backend as it likes; the sum of an element runs over k in a fixed order, whatever n",
     tolerance: SUMS,
@@ -92,6 +92,12 @@ pub fn quantise_block(x: &[f32; INT8_BLOCK], p: &mut [i8; INT8_BLOCK]) -> f32 {
     most / 127.0 + broken
 }
 
+/// Whether what is kept as `kept` in a matrix of `inputs` inputs (an extension's excluded) meets [`quantise_block`] of x: block formats
+/// do, if whole blocks come before it and the matrix was not made with [`WeightFormat::F32`].
+pub fn meets_integers(kept: DType, inputs: usize, format: WeightFormat) -> bool {
+    kept.is_quantised() && format != WeightFormat::F32 && inputs.is_multiple_of(INT8_BLOCK)
+}
+
 /// Rotary embedding of q and k, and the new rows of the K/V cache.
 pub const ROPE_KV_WRITE: Op = Op {
     name: "rope_kv_write",
@@ -113,7 +119,7 @@ pub const ATTENTION: Op = Op {
 /// The MLP's nonlinearity and the experts' half of the routed layer.
 pub const SILU_MUL_EXPERT_MIX: Op = Op {
     name: "silu_mul_expert_mix",
-    formula: "h = silu(gate) * up; z = E h; alpha = rule_s(z_a), beta = rule_h(z_b); hu = [h ; alpha A_s h ; beta A_h h]",
+    formula: "h = silu(gate) * up; z = E h, as in MATMUL; alpha = rule_s(z_a), beta = rule_h(z_b); hu = [h ; alpha A_s h ; beta A_h h]",
     operands: &[
         ("gate_up", "n 2m"),
         ("e", "w+2 m"),
@@ -370,11 +376,11 @@ pub fn bind_parts(
     }
     if let Some(extension) = extension {
         bind_part("extension", extension, outputs, extension.cols)?;
-        if !matches!(extension.dtype, DType::F32 | DType::BF16) {
+        if !matches!(extension.dtype, DType::F32 | DType::BF16 | DType::Q8_0) {
             return Err(BackendError::Contract {
                 op: "matrix",
                 operand: "extension",
-                expected: "f32 or bf16".to_owned(),
+                expected: "f32, bf16 or q8_0".to_owned(),
                 found: extension.dtype.as_str().to_owned(),
             });
         }

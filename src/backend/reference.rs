@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::ops::{
     Attention, Embed, GatherRows, Heads, INT8_BLOCK, MatMul, RmsNorm, RopeKvWrite,
-    SiluMulExpertMix, bind_parts, quantise_block,
+    SiluMulExpertMix, bind_parts, meets_integers, quantise_block,
 };
 use super::step::HostStep;
 use super::{
@@ -57,12 +57,27 @@ pub struct WideMatrix {
     values: Vec<f32>,
     /// Of each output: whether it meets x in int8.
     integers: Vec<bool>,
+    /// Whether the extension meets its inputs in int8.
+    extension_integers: bool,
 }
 
 impl WideMatrix {
     fn row(&self, i: usize) -> &[f32] {
         let width = self.inputs + self.extension_inputs;
         &self.values[i * width..][..width]
+    }
+
+    /// W x of output `i`; `quantised` is x as block formats meet it.
+    fn product(&self, i: usize, x: &[f32], quantised: &[f64]) -> f64 {
+        let dot = |at: Range<usize>, integers: bool| {
+            let w = self.row(i)[at.clone()].iter().map(|w| f64::from(*w));
+            match integers {
+                true => w.zip(&quantised[at]).map(|(w, x)| w * x).sum::<f64>(),
+                false => w.zip(&x[at]).map(|(w, x)| w * f64::from(*x)).sum(),
+            }
+        };
+        let extension = self.inputs..self.inputs + self.extension_inputs;
+        dot(0..self.inputs, self.integers[i]) + dot(extension, self.extension_integers)
     }
 }
 
@@ -116,10 +131,10 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
         .sum()
 }
 
-/// x, its first `inputs` as [`quantise_block`] leaves them (what follows the last whole block is not theirs to change).
-fn quantised(x: &[f32], inputs: usize) -> Vec<f64> {
+/// x as [`quantise_block`] leaves it (what follows the last whole block is not its to change).
+fn quantised(x: &[f32]) -> Vec<f64> {
     let mut wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
-    let (blocks, _) = x[..inputs].as_chunks::<INT8_BLOCK>();
+    let (blocks, _) = x.as_chunks::<INT8_BLOCK>();
     for (x, wide) in blocks.iter().zip(wide.chunks_exact_mut(INT8_BLOCK)) {
         let mut p = [0; INT8_BLOCK];
         let scale = f64::from(quantise_block(x, &mut p));
@@ -200,7 +215,7 @@ impl Backend for Reference {
                 }
                 _ => {}
             }
-            integers.push(kept.is_quantised() && format != WeightFormat::F32);
+            integers.push(meets_integers(kept, inputs, format));
             values.extend_from_slice(&widened[..inputs]);
             if let Some(extension) = &extension {
                 extension.widen_row(output, &mut widened[..extension_inputs]);
@@ -213,6 +228,8 @@ impl Backend for Reference {
             extension_inputs,
             values,
             integers,
+            extension_integers: extension
+                .is_some_and(|extension| meets_integers(extension.dtype, inputs, format)),
         })
     }
 
@@ -307,21 +324,11 @@ impl Backend for Reference {
     fn matmul(&mut self, args: MatMul<'_, Self>) -> Result<(), BackendError> {
         let axes = args.bind()?;
         for i in 0..args.n {
-            let x = args.x.row(i);
-            let quantised = quantised(x, axes.k);
+            let x = &args.x.row(i)[..axes.k + axes.w];
+            let quantised = quantised(x);
             for (j, y) in args.y.row_mut(i).iter_mut().enumerate() {
                 let before = if args.add { f64::from(*y) } else { 0.0 };
-                let product = match args.w.integers[j] {
-                    true => args
-                        .w
-                        .row(j)
-                        .iter()
-                        .zip(&quantised)
-                        .map(|(w, x)| f64::from(*w) * x)
-                        .sum(),
-                    false => dot(x, args.w.row(j)),
-                };
-                *y = (before + product) as f32;
+                *y = (before + args.w.product(j, x, &quantised)) as f32;
             }
         }
         Ok(())
@@ -397,7 +404,10 @@ impl Backend for Reference {
                 let Some((e, shape)) = &args.experts else {
                     continue;
                 };
-                let z: Vec<f64> = (0..e.outputs).map(|j| dot(e.row(j), h)).collect();
+                let quantised = quantised(h);
+                let z: Vec<f64> = (0..e.outputs)
+                    .map(|j| e.product(j, h, &quantised))
+                    .collect();
                 let logit = |at: usize, bias: f32| (z[at] + f64::from(bias)) as f32;
                 let rules = sequence.gates;
                 let alpha = rules.safety.apply(logit(shape.width(), shape.safety_bias));

@@ -223,6 +223,11 @@ pub struct Experts {
 }
 
 impl Experts {
+    /// w: both ranks together.
+    pub fn width(&self) -> usize {
+        self.safety.rank + self.helpfulness.rank
+    }
+
     /// One expert in both places, for variants with fixed gates: nothing was trained to route, every gate is half open.
     pub fn alone(expert: Expert, base: &LlamaConfig) -> Self {
         let gate = FoldedGate {

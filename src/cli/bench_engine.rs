@@ -382,7 +382,7 @@ impl<B: Backend> Bench<B> {
         let base = RoutedLlama::new(backend()?, &subject.checkpoint, options)?;
         let load_seconds = subject.read_seconds + begun.elapsed().as_secs_f64();
         let experts = own.unwrap_or_else(|| random_experts(&subject.checkpoint.config, seed));
-        let width = experts.safety.rank + experts.helpfulness.rank;
+        let width = experts.width();
         subject.checkpoint.experts = Some(experts);
         let routed = RoutedLlama::new(backend()?, &subject.checkpoint, options)?;
         let dtype = weight_dtype(&subject.checkpoint, plan.weight_format);

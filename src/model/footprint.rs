@@ -8,12 +8,15 @@ use super::{ModelError, ModelOptions};
 use crate::backend::{
     Backend, BackendError, HostMatrix, KvFormat, KvShape, StepLimits, WeightFormat, Workload,
 };
-use crate::checkpoint::{BaseTensors, Checkpoint, HostTensor, LlamaConfig};
+use crate::checkpoint::{Checkpoint, Experts, HostTensor, LlamaConfig};
 
 /// Where weights and buffers go: to a backend, or into a [`Ledger`].
 pub(super) trait Store {
     type Matrix;
     type Buffer;
+
+    /// As [`Backend::quantises`].
+    fn quantises(&self) -> bool;
 
     /// As [`Backend::matrix`].
     fn matrix(
@@ -43,6 +46,10 @@ pub(super) trait Store {
 impl<B: Backend> Store for B {
     type Matrix = B::Matrix;
     type Buffer = B::Buffer;
+
+    fn quantises(&self) -> bool {
+        Backend::quantises(self)
+    }
 
     fn matrix(
         &self,
@@ -97,6 +104,10 @@ impl<'a, B> Ledger<'a, B> {
 impl<B: Backend> Store for Ledger<'_, B> {
     type Matrix = ();
     type Buffer = ();
+
+    fn quantises(&self) -> bool {
+        self.backend.quantises()
+    }
 
     fn matrix(
         &self,
@@ -183,8 +194,7 @@ pub(super) fn kv_shape(config: &LlamaConfig, blocks: usize, format: KvFormat) ->
 
 /// w: both ranks together, 0 without experts.
 pub(super) fn expert_width(checkpoint: &Checkpoint) -> usize {
-    let experts = checkpoint.experts.as_ref();
-    experts.map_or(0, |experts| experts.safety.rank + experts.helpfulness.rank)
+    checkpoint.experts.as_ref().map_or(0, Experts::width)
 }
 
 pub(super) fn limits(config: &LlamaConfig, options: &ModelOptions) -> StepLimits {
@@ -206,18 +216,19 @@ pub(super) fn workload(checkpoint: &Checkpoint, options: &ModelOptions) -> Workl
         heads: heads(config),
         mlp_width: config.intermediate_size,
         expert_width: expert_width(checkpoint),
-        quantised_inputs: quantised_inputs(&checkpoint.base, options.weight_format),
+        quantised_inputs: quantised_inputs(checkpoint, options.weight_format),
     }
 }
 
-/// Most inputs of a matrix of which a part is kept in a block format that meets x in int8.
-fn quantised_inputs(base: &BaseTensors, format: WeightFormat) -> usize {
+/// Most inputs of a matrix of which a part is kept in a block format that meets x in int8, an extension's among them.
+fn quantised_inputs(checkpoint: &Checkpoint, format: WeightFormat) -> usize {
     if format == WeightFormat::F32 {
         return 0;
     }
     let inputs = |tensor: &HostTensor| tensor.shape()[1];
     let quantised =
         |tensor: &&HostTensor| format.kept(tensor.dtype(), inputs(tensor)).is_quantised();
-    let matrices = base.matrices().filter(quantised);
-    matrices.map(inputs).max().unwrap_or(0)
+    let matrices = checkpoint.base.matrices().filter(quantised);
+    let most = matrices.map(inputs).max();
+    most.map_or(0, |most| most + expert_width(checkpoint))
 }

@@ -2,12 +2,12 @@
 
 use super::ModelError;
 use super::footprint::Store;
-use crate::backend::ops::ExpertShape;
+use crate::backend::ops::{ExpertShape, meets_integers};
 use crate::backend::{Backend, BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::checkpoint::{
     BaseTensors, Checkpoint, Expert, Experts, HostTensor, LayerTensors, LlamaConfig,
 };
-use crate::dtype::{self, DType};
+use crate::dtype::{self, BlockType, DType};
 
 /// All matrices of the model on the device, with its norms.
 pub(super) struct Weights<S: Store> {
@@ -33,7 +33,7 @@ pub(super) struct LayerWeights<S: Store> {
     pub mlp_norm: S::Buffer,
     /// (2m, d): gate, up.
     pub gate_up: S::Matrix,
-    /// E (w + 2, m): A_s, A_h as the base's kind says, a, b in f32.
+    /// E (w + 2, m): A_s, A_h as [`Uploader::experts_dtype`] says, a, b in f32.
     pub experts: Option<(S::Matrix, ExpertShape)>,
     /// (d, m), extended by [s_s B_s | s_h B_h] (d, w).
     pub down: S::Matrix,
@@ -111,7 +111,7 @@ impl<S: Store> Uploader<'_, S> {
             ..
         } = tensors;
         let d = self.config.hidden_size;
-        let kept = self.experts_dtype(&tensors.down_proj);
+        let kept = self.experts_dtype(&tensors.down_proj, experts);
         let extension = experts
             .map(|experts| {
                 let values = extension(experts, index, d);
@@ -137,11 +137,18 @@ impl<S: Store> Uploader<'_, S> {
         })
     }
 
-    /// How the experts' A and s B are kept beside this base: f32 beside f32, else bf16. Beside a 4-bit base of 135 M
-    /// parameters f32 would be 8 % of a decode step's bytes.
-    fn experts_dtype(&self, base: &HostTensor) -> DType {
+    /// How the experts' A and s B are kept beside this base: f32 beside f32, q8_0 where h is made int8 for a base in blocks, else bf16.
+    /// Beside a 4-bit base of 135 M parameters bf16 would be 5 % of a decode step's bytes.
+    fn experts_dtype(&self, base: &HostTensor, experts: Option<&Experts>) -> DType {
+        let cols = base.shape()[1];
+        let kept = self.format.kept(base.dtype(), cols);
+        let width = experts.map_or(0, Experts::width);
+        let integers = self.store.quantises()
+            && meets_integers(kept, cols, self.format)
+            && width.is_multiple_of(BlockType::LEN);
         match (self.format, base.dtype()) {
             (WeightFormat::F32, _) | (WeightFormat::Stored, DType::F32) => DType::F32,
+            _ if integers => DType::Q8_0,
             _ => DType::BF16,
         }
     }
@@ -168,7 +175,7 @@ impl<S: Store> Uploader<'_, S> {
             gates.safety.weight.as_slice(),
             gates.helpfulness.weight.as_slice(),
         ];
-        let width = safety.rank + helpfulness.rank;
+        let width = experts.width();
         let lora_a = SmallMatrix::new(name, width, &lora_a.concat(), kept)?;
         let gate_rows = SmallMatrix::new(name, 2, &gate_rows.concat(), DType::F32)?;
         let shape = ExpertShape {
@@ -234,23 +241,27 @@ struct SmallMatrix {
 }
 
 impl SmallMatrix {
-    /// (rows, values / rows), kept in f32 or rounded to bf16.
-    fn new(name: &str, rows: usize, values: &[f32], dtype: DType) -> Result<Self, ModelError> {
-        let bytes = match dtype {
-            DType::BF16 => dtype::bf16_bytes(values).map_err(|value| ModelError::TooLarge {
-                name: name.to_owned(),
-                value,
-            })?,
-            _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    /// (rows, values / rows), kept in f32, rounded to bf16, or in q8_0 (whole blocks) if that is harmless, else in bf16.
+    fn new(name: &str, rows: usize, values: &[f32], kept: DType) -> Result<Self, ModelError> {
+        let blocks = (kept == DType::Q8_0).then(|| harmless_q8_0(values));
+        let (dtype, bytes) = match (kept, blocks.flatten()) {
+            (_, Some(bytes)) => (DType::Q8_0, bytes),
+            (DType::F32, None) => {
+                let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                (DType::F32, bytes)
+            }
+            _ => {
+                let bytes = dtype::bf16_bytes(values).map_err(|value| ModelError::TooLarge {
+                    name: name.to_owned(),
+                    value,
+                })?;
+                (DType::BF16, bytes)
+            }
         };
         Ok(Self {
             rows,
             cols: values.len() / rows.max(1),
-            dtype: if dtype == DType::BF16 {
-                dtype
-            } else {
-                DType::F32
-            },
+            dtype,
             bytes,
         })
     }
@@ -265,9 +276,21 @@ impl SmallMatrix {
     }
 }
 
+/// q8_0 of `values`, if it is within 1 % of them (in norm; numbers as they are trained come to 0.6 %): where all are so small that an f16
+/// scale says little of them, or too large for it, it is not.
+fn harmless_q8_0(values: &[f32]) -> Option<Vec<u8>> {
+    let bytes = BlockType::Q8_0.quantise(values);
+    let mut kept = vec![0.0; values.len()];
+    DType::Q8_0.widen(&bytes, &mut kept);
+    let square = |x: f32| f64::from(x).powi(2);
+    let error: f64 = kept.iter().zip(values).map(|(k, x)| square(k - x)).sum();
+    let norm: f64 = values.iter().copied().map(square).sum();
+    (error <= 1e-4 * norm).then_some(bytes)
+}
+
 /// [s_s B_s | s_h B_h] (d, w) of layer `index` (MIDPO.md 1, "One write").
 fn extension(experts: &Experts, index: usize, d: usize) -> Vec<f32> {
-    let width = experts.safety.rank + experts.helpfulness.rank;
+    let width = experts.width();
     let scaled_row = |expert: &Expert, row: usize| {
         let b = &expert.layers[index].lora_b[row * expert.rank..][..expert.rank];
         let scale = expert.scale;

@@ -325,8 +325,28 @@ fn matmul_cases() -> Vec<MatMulCase> {
         // A row that is no whole number of blocks.
         let uneven = [(20, DType::F32), (3, DType::F16)];
         cases.push(MatMulCase::new(random, &uneven, (40, 3), 4, format));
+        // Experts in blocks, behind whole blocks and behind some that are not.
+        for (parts, k, n) in [(&mixed[..], 512, 1), (&mixed, 512, 31), (&uneven, 40, 7)] {
+            for w in [32, 64] {
+                cases.push(extended(random, parts, (k, w), n, format));
+            }
+        }
     }
     cases
+}
+
+/// With an extension in q8_0.
+fn extended(
+    random: &mut Random,
+    parts: &[(usize, DType)],
+    (k, w): (usize, usize),
+    n: usize,
+    format: WeightFormat,
+) -> MatMulCase {
+    let mut case = MatMulCase::new(random, parts, (k, w), n, format);
+    let outputs = parts.iter().map(|(rows, _)| rows).sum();
+    case.extension = Some(Weights::random(random, outputs, w, DType::Q8_0));
+    case
 }
 
 #[test]
@@ -869,6 +889,17 @@ impl MixCase {
         rows: std::ops::Range<usize>,
     ) -> (Vec<f32>, Vec<f32>) {
         let n = rows.len();
+        let (mut hu, mut gates) = self.run_into(backend, rows);
+        let hu = backend.read(&mut hu, n).unwrap().to_vec();
+        (hu, backend.read(&mut gates, n).unwrap().to_vec())
+    }
+
+    fn run_into<B: Backend>(
+        &self,
+        backend: &mut B,
+        rows: std::ops::Range<usize>,
+    ) -> (B::Buffer, B::Buffer) {
+        let n = rows.len();
         let tokens = vec![TokenId(0); n];
         // Each row a sequence of its own, so that each has its own rule.
         let tables: Vec<_> = (0..n).map(|i| [BlockId::new(i as u32)]).collect();
@@ -908,8 +939,7 @@ impl MixCase {
             gates: &mut gates,
         };
         backend.silu_mul_expert_mix(call).unwrap();
-        let hu = backend.read(&mut hu, n).unwrap().to_vec();
-        (hu, backend.read(&mut gates, n).unwrap().to_vec())
+        (hu, gates)
     }
 }
 
@@ -973,6 +1003,65 @@ fn silu_mul_expert_mix_matches_the_reference_for_all_rules_and_sizes() {
             let ranks = [(16, 16), (3, 5), (1, 40)][(m + n) % 3];
             let dtype = [DType::F32, DType::BF16][n % 2];
             check_mix(&MixCase::new(random, (m, n), ranks, dtype), &mut cpus);
+        }
+    }
+    for m in [32, 256, 288, 1120] {
+        for n in [1, 3, 12, 37] {
+            let ranks = [(16, 16), (3, 5)][n % 2];
+            let case = MixCase::new(random, (m, n), ranks, DType::Q8_0);
+            check_mix(&case, &mut cpus);
+        }
+    }
+}
+
+/// A mix whose hu a product reads next: what the mix kept of hu for it must be what the product would make of it.
+#[test]
+fn a_product_behind_the_mix_has_the_bits_of_one_that_met_hu_alone() {
+    let (random, mut cpus) = (&mut Random(15), cpus());
+    for (n, ranks, extension) in [
+        (1, (16, 16), DType::Q8_0),
+        (5, (16, 16), DType::BF16),
+        (40, (16, 16), DType::Q8_0),
+        (7, (3, 5), DType::BF16),
+    ] {
+        let mix = MixCase::new(random, (288, n), ranks, DType::Q8_0);
+        let w = ranks.0 + ranks.1;
+        let down = Weights::random(random, 50, 288, DType::Q4_0);
+        let extension = Weights::random(random, 50, w, extension);
+        for cpu in cpus.iter_mut().flatten() {
+            let matrix = cpu
+                .matrix(&[down.host()], Some(extension.host()), WeightFormat::Stored)
+                .unwrap();
+            let product = |cpu: &mut Cpu, hu: &<Cpu as Backend>::Buffer| {
+                let mut y = cpu.buffer(n, 50).unwrap();
+                let call = ops::MatMul {
+                    n,
+                    x: hu,
+                    w: &matrix,
+                    y: &mut y,
+                    add: false,
+                };
+                cpu.matmul(call).unwrap();
+                cpu.read(&mut y, n).unwrap().to_vec()
+            };
+            let (mut hu, _) = mix.run_into(cpu, 0..n);
+            let behind = product(cpu, &hu);
+            let values = cpu.read(&mut hu, n).unwrap().to_vec();
+            let alone = filled(cpu, n, 288 + w, &values);
+            assert_same_bits(&label(cpu), &behind, &product(cpu, &alone));
+            // What wrote over hu since is not forgotten.
+            let (mut hu, _) = mix.run_into(cpu, 0..n);
+            let zeros = filled(cpu, n, 288 + w, &vec![0.0; n * (288 + w)]);
+            let weight = exact(cpu, 1, 288 + w, &vec![1.0; 288 + w]);
+            let norm = ops::RmsNorm {
+                n,
+                x: &zeros,
+                weight: &weight,
+                eps: 1.0,
+                y: &mut hu,
+            };
+            cpu.rms_norm(norm).unwrap();
+            assert!(product(cpu, &hu).iter().all(|y| *y == 0.0));
         }
     }
 }
@@ -1041,7 +1130,7 @@ pub(crate) fn check_contracts<B: Backend>(backend: &mut B) {
         WeightFormat::Stored,
     );
     assert!(extended.is_err());
-    let quantised = Weights::random(random, 8, 32, DType::Q8_0);
+    let quantised = Weights::random(random, 8, 32, DType::Q4_0);
     let extended = backend.matrix(
         &[weights.host()],
         Some(quantised.host()),

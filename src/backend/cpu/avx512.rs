@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::avx2::Avx2;
@@ -31,14 +32,26 @@ unsafe fn start<K: Kernel>(simd: Avx512, kernel: K) {
     kernel.run(simd);
 }
 
+/// See [`Simd::pin`].
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn pinned(mut a: __m512i) -> __m512i {
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!("/* {0} */", inout(zmm_reg) a, options(nomem, nostack, preserves_flags));
+    }
+    a
+}
+
 // Every `unsafe` below is a call of an intrinsic of AVX-512F or VNNI, which the processor has since `self` exists; where it takes a
 // pointer, the caller's contract makes it good for 16 items.
 impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     const ACCUMULATORS: usize = 24;
-    const INTEGER_ROWS: usize = 8;
+    const INTEGER_ROWS: usize = 12;
     const SIGNED_OFFSET: i32 = 128;
+    const SMALL_IS_WHOLE: bool = true;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
@@ -218,6 +231,12 @@ impl Simd for Avx512 {
     fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I {
         // SAFETY: see above the impl.
         unsafe { _mm512_dpbusd_epi32(sums, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x) }
+    }
+
+    #[inline(always)]
+    fn pin(self, a: Self::I) -> Self::I {
+        // SAFETY: see above the impl.
+        unsafe { pinned(a) }
     }
 
     #[inline(always)]

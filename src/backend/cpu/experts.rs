@@ -10,10 +10,11 @@
 use std::ops::Range;
 
 use super::gemm::{self, Product};
+use super::int8;
 use super::pack::PackedMatrix;
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, load_some, silu, store_some};
-use crate::backend::ops::ExpertShape;
+use crate::backend::ops::{ExpertShape, INT8_BLOCK};
 use crate::backend::{HostSequence, HostStep, Matrix};
 
 /// Inputs in a split: a multiple of every format's unit.
@@ -42,6 +43,8 @@ pub struct Context<'a> {
     pub gates: &'a Parts<'a, f32>,
     /// Numbers in a row of `gates`.
     pub gates_width: usize,
+    /// Receives hu as block formats meet it: the blocks of h, then those of u; of no length where E is of floats.
+    pub blocks: int8::Blocks,
 }
 
 /// What one chunk of the op does.
@@ -102,7 +105,7 @@ impl Kernel for Mix<'_> {
                 assert!(rows.end * stride <= parts.len());
                 context.multiply(simd, e, &rows, split, (y, stride), widened);
             }
-            Job::Finish(rows, parts) => context.finish_parts(rows, parts, scratch),
+            Job::Finish(rows, parts) => context.finish_parts(simd, rows, parts, scratch),
         }
     }
 }
@@ -155,7 +158,7 @@ impl Context<'_> {
             }
             if let Some((e, shape)) = self.experts {
                 for (row, z) in rows.zip(scratch.z.chunks_exact(e.outputs())) {
-                    self.finish(row, z, &shape);
+                    self.finish(simd, row, z, &shape);
                 }
             }
         }
@@ -183,6 +186,16 @@ impl Context<'_> {
                     store_some(simd, h.as_mut_ptr().add(at), lanes, product);
                 }
             }
+            self.quantise(simd, row, inputs.start, h);
+        }
+    }
+
+    /// `x` is what row `row` of hu has from column `column` on.
+    #[inline(always)]
+    fn quantise<S: Simd>(&self, simd: S, row: usize, column: usize, x: &[f32]) {
+        let at = column / INT8_BLOCK;
+        if at + x.len() / INT8_BLOCK <= self.blocks.stride {
+            self.blocks.write(simd, row, at, x);
         }
     }
 
@@ -209,15 +222,21 @@ impl Context<'_> {
             y,
             y_stride: stride,
             add: false,
-            // E is f32 or bf16.
-            blocks: &[],
+            blocks: self.blocks.from(rows.start),
         };
-        // SAFETY: h of this split was just written by this chunk; y has room for the rows' outputs of E, for this chunk alone.
+        // SAFETY: h of this split was just written by this chunk, as were its blocks; y has room for the rows' outputs of E, for this chunk alone.
         unsafe { gemm::multiply(simd, &product, widened) }
     }
 
     /// Adds the parts of z in the order in which `rows` does.
-    fn finish_parts(&self, rows: Range<usize>, parts: &[f32], scratch: &mut Scratch) {
+    #[inline(always)]
+    fn finish_parts<S: Simd>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        parts: &[f32],
+        scratch: &mut Scratch,
+    ) {
         let Some((e, shape)) = self.experts else {
             return;
         };
@@ -231,12 +250,13 @@ impl Context<'_> {
                     _ => z.iter_mut().zip(part).for_each(|(z, part)| *z += part),
                 }
             }
-            self.finish(row, z, &shape);
+            self.finish(simd, row, z, &shape);
         }
     }
 
     /// Gates and u of a row.
-    fn finish(&self, row: usize, z: &[f32], shape: &ExpertShape) {
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, row: usize, z: &[f32], shape: &ExpertShape) {
         let width = shape.width();
         let rules = self.sequence_of(row).gates;
         let alpha = rules.safety.apply(z[width] + shape.safety_bias);
@@ -255,6 +275,7 @@ impl Context<'_> {
             *u = z[j] * if j < shape.safety_rank { alpha } else { beta };
         }
         gates.copy_from_slice(&[alpha, beta]);
+        self.quantise(simd, row, self.m, u);
     }
 
     fn sequence_of(&self, row: usize) -> HostSequence<'_> {

@@ -16,7 +16,6 @@ use super::int8;
 use super::pack::{Format, PackedMatrix, Panel};
 use super::simd::{Kernel, LANES, Simd, load_some, store_some};
 use crate::backend::Matrix;
-use crate::backend::ops::INT8_BLOCK;
 
 /// Inputs in a block; a multiple of every format's unit.
 const BLOCK: usize = 256;
@@ -63,8 +62,8 @@ pub struct Product<'a> {
     pub y_stride: usize,
     /// Sums start from y instead of 0.
     pub add: bool,
-    /// x quantised, (rows, inputs / 32), where a panel needs it; `inputs` are then all of the matrix's.
-    pub blocks: &'a [int8::Block],
+    /// x quantised, where a panel or the extension needs it.
+    pub blocks: int8::Blocks,
 }
 
 // SAFETY: the pointers are used under the contract of `multiply`, which the maker of the product upholds for its thread.
@@ -88,6 +87,7 @@ impl Kernel for Multiply<'_> {
 #[inline(always)]
 pub unsafe fn multiply<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
     let matrix = product.matrix;
+    let extension = product.extension && matrix.extension_integers().is_none();
     let mut rest = product.panels.clone();
     while let Some(first) = matrix.panels().get(rest.clone()).and_then(<[Panel]>::first) {
         let integers = matrix.integers(first).is_some();
@@ -96,18 +96,22 @@ pub unsafe fn multiply<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Sc
             .iter()
             .take_while(alike)
             .count();
-        let product = Product {
+        let run = Product {
             panels: rest.start..rest.start + run,
+            extension,
             ..product.clone()
         };
         // SAFETY: by contract.
         unsafe {
             match integers {
-                true => multiply_integers(simd, &product, scratch),
-                false => multiply_floats(simd, &product, scratch),
+                true => multiply_integers(simd, &run, scratch),
+                false => multiply_floats(simd, &run, scratch),
             }
         }
-        rest.start += run;
+        rest.start = run.panels.end;
+    }
+    if product.extension && !extension {
+        extend_integers(simd, product);
     }
 }
 
@@ -117,25 +121,20 @@ pub unsafe fn multiply<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Sc
 /// As `multiply`; all panels meet x in int8.
 #[inline(always)]
 unsafe fn multiply_integers<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
-    let matrix = product.matrix;
-    let per_row = matrix.inputs() / INT8_BLOCK;
-    // Of every row of the product; a comparison a chunk.
-    assert!(product.blocks.len() >= product.rows.end * per_row);
-    assert!(product.inputs == (0..matrix.inputs()));
+    let (matrix, inputs) = (product.matrix, product.inputs.clone());
     for first in product.rows.clone().step_by(ROW_BLOCK) {
         let rows = first..product.rows.end.min(first + ROW_BLOCK);
         for panel in &matrix.panels()[product.panels.clone()] {
             let Some(quant) = matrix.integers(panel) else {
                 continue;
             };
-            let tile = int8::Tile::<1> {
-                quant,
-                units: matrix.weights(panel),
-                count: matrix.inputs() / quant.unit_len(),
-                x: product.blocks.as_ptr(),
-                x_stride: per_row,
-                target: product.target(0, panel, panel.lanes, product.add),
-            };
+            let unit = inputs.start / quant.unit_len();
+            let units = matrix
+                .weights(panel)
+                .wrapping_add(unit * quant.unit_bytes());
+            let target = product.target(0, panel, panel.lanes, product.add);
+            let x = (&product.blocks, inputs.clone(), product.rows.end);
+            let tile = int8::Tile::new((quant, units), x, target);
             integer_rows(simd, tile, &rows);
         }
     }
@@ -153,12 +152,29 @@ unsafe fn multiply_integers<S: Simd>(simd: S, product: &Product<'_>, scratch: &m
     }
 }
 
+/// Adds the extension of all panels, in int8.
+#[inline(always)]
+fn extend_integers<S: Simd>(simd: S, product: &Product<'_>) {
+    let matrix = product.matrix;
+    let inputs = matrix.inputs()..matrix.inputs() + matrix.extension_inputs();
+    for panel in &matrix.panels()[product.panels.clone()] {
+        let Some(quant) = matrix.extension_integers() else {
+            continue;
+        };
+        let target = product.target(0, panel, panel.lanes, true);
+        let x = (&product.blocks, inputs.clone(), product.rows.end);
+        let tile = int8::Tile::new((quant, matrix.extension(panel)), x, target);
+        integer_rows(simd, tile, &product.rows);
+    }
+}
+
 /// All `rows` against the panel of `tile` (row 0's), in the largest tiles that the registers hold.
 #[inline(always)]
 fn integer_rows<S: Simd>(simd: S, tile: int8::Tile<1>, rows: &Range<usize>) {
     let mut row = rows.start;
     while row < rows.end {
         row += match rows.end - row {
+            12.. if const { S::INTEGER_ROWS >= 12 } => integer_tile::<S, 12>(simd, tile, row),
             8.. if const { S::INTEGER_ROWS >= 8 } => integer_tile::<S, 8>(simd, tile, row),
             4.. if const { S::INTEGER_ROWS >= 4 } => integer_tile::<S, 4>(simd, tile, row),
             2.. if const { S::INTEGER_ROWS >= 4 } => integer_tile::<S, 2>(simd, tile, row),
@@ -169,18 +185,7 @@ fn integer_rows<S: Simd>(simd: S, tile: int8::Tile<1>, rows: &Range<usize>) {
 
 #[inline(always)]
 fn integer_tile<S: Simd, const R: usize>(simd: S, tile: int8::Tile<1>, row: usize) -> usize {
-    int8::Tile::<R> {
-        quant: tile.quant,
-        units: tile.units,
-        count: tile.count,
-        x: tile.x.wrapping_add(row * tile.x_stride),
-        x_stride: tile.x_stride,
-        target: Target {
-            y: tile.target.y.wrapping_add(row * tile.target.stride),
-            ..tile.target
-        },
-    }
-    .run(simd);
+    tile.rows::<R>(row).run(simd);
     R
 }
 

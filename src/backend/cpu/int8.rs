@@ -1,9 +1,9 @@
 //! Block formats against x in int8: products of bytes, exact sums in i32 over a block, one chain of f32 over the blocks.
 //!
 //! x is quantised once a product ([`Quantise`]), by the rule of [`ops::quantise_block`]. For an output and a block of 32 inputs
-//! (Q6_K: twice 16) with weights s q - o s + m and x = t p:
+//! (Q6_K: twice 16) with weights s q + m, where m is the format's minimum or what its integers are offset by, and x = t p:
 //!
-//! `y += (sum(q p) - o sum(p)) * (s t)`, then, where the format has a minimum, `y += m * (t sum(p))`.
+//! `y += sum(q p) * (s t)`, then `y += m * (t sum(p))`; Q6_K takes its offset off the integers.
 //!
 //! Lanes are outputs and a row's sum depends on that row alone, so the laws of [`super::gemm`] hold here too.
 //!
@@ -11,6 +11,8 @@
 //! by the rows of a tile.
 
 #![allow(unsafe_code, clippy::needless_range_loop)]
+
+use std::ops::Range;
 
 use super::gemm::Target;
 use super::quant::{QUAD, Quant, Sixteen};
@@ -41,33 +43,93 @@ impl Block {
     };
 }
 
+/// Rows whose blocks lie side by side, so that a tile finds those of its rows at distances that are known when it is compiled.
+const GROUP: usize = 4;
+
+/// Rows of x, quantised: (rows / [`GROUP`], stride, [`GROUP`]) blocks.
+///
+/// Whoever makes one vouches that the blocks are there while it is used, and that no two threads write one, or one reads what another
+/// writes.
+#[derive(Clone, Copy)]
+pub struct Blocks {
+    /// Row 0, block 0.
+    pub start: *mut Block,
+    /// Of all rows from there.
+    pub len: usize,
+    /// Blocks in a row.
+    pub stride: usize,
+}
+
+// SAFETY: the pointer is used as whoever made the blocks vouches.
+unsafe impl Send for Blocks {}
+// SAFETY: as above.
+unsafe impl Sync for Blocks {}
+
+impl Blocks {
+    /// Blocks that `rows` rows take.
+    pub const fn room(rows: usize, stride: usize) -> usize {
+        rows.next_multiple_of(GROUP) * stride
+    }
+
+    /// The rows from `row` on, which is a multiple of [`GROUP`].
+    #[inline(always)]
+    pub fn from(&self, row: usize) -> Self {
+        let first = row / GROUP * GROUP * self.stride;
+        Self {
+            start: self.start.wrapping_add(first),
+            len: self.len.saturating_sub(first),
+            stride: self.stride,
+        }
+    }
+
+    /// The blocks of `inputs` in row 0.
+    ///
+    /// # Panics
+    /// When the first `rows` rows do not have them: a comparison a panel.
+    #[inline(always)]
+    fn at(&self, rows: usize, inputs: Range<usize>) -> *const Block {
+        let room = Self::room(rows, self.stride);
+        assert!(inputs.end <= self.stride * INT8_BLOCK && self.len >= room);
+        self.start
+            .wrapping_add(inputs.start / INT8_BLOCK * GROUP)
+            .cast_const()
+    }
+
+    /// Quantises the whole blocks of `x`, which is what row `row` has from block `block` on.
+    ///
+    /// # Panics
+    /// When the row does not have them.
+    #[inline(always)]
+    pub fn write<S: Simd>(&self, simd: S, row: usize, block: usize, x: &[f32]) {
+        let (x, _) = x.as_chunks::<INT8_BLOCK>();
+        let room = Self::room(row + 1, self.stride);
+        assert!(block + x.len() <= self.stride && room <= self.len);
+        let first = (row / GROUP * self.stride + block) * GROUP + row % GROUP;
+        for (i, x) in x.iter().enumerate() {
+            // SAFETY: within the blocks by the assertion, and nobody else's by contract.
+            unsafe { *self.start.add(first + i * GROUP) = quantise(simd, x) };
+        }
+    }
+}
+
 /// Quantises rows of x, whole blocks each.
 pub struct Quantise<'a> {
-    /// Rows, `stride` apart.
+    /// Rows, `width` apart.
     pub x: &'a [f32],
     /// Numbers from row to row.
-    pub stride: usize,
-    /// Inputs of a row to quantise.
-    pub inputs: usize,
-    /// (rows, inputs / 32).
-    pub out: &'a mut [Block],
+    pub width: usize,
+    /// Which rows.
+    pub rows: Range<usize>,
+    /// Receives the first of each row's blocks, as many as it has room for.
+    pub out: Blocks,
 }
 
 impl Kernel for Quantise<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let blocks = self.inputs / INT8_BLOCK;
-        if blocks == 0 {
-            return;
-        }
-        let rows = self
-            .x
-            .chunks(self.stride)
-            .zip(self.out.chunks_exact_mut(blocks));
-        for (row, out) in rows {
-            for (x, out) in row.as_chunks::<INT8_BLOCK>().0.iter().zip(out) {
-                *out = quantise(simd, x);
-            }
+        for row in self.rows {
+            let x = &self.x[row * self.width..][..self.out.stride * INT8_BLOCK];
+            self.out.write(simd, row, 0, x);
         }
     }
 }
@@ -118,22 +180,67 @@ fn quantise<S: Simd>(simd: S, x: &[f32; INT8_BLOCK]) -> Block {
 #[derive(Clone, Copy)]
 pub struct Tile<const R: usize> {
     /// Format of the panel.
-    pub quant: Quant,
+    quant: Quant,
     /// Its units.
-    pub units: *const u8,
+    units: *const u8,
     /// How many: inputs / unit length.
-    pub count: usize,
+    count: usize,
     /// The first row's first block.
-    pub x: *const Block,
-    /// Blocks from row to row.
-    pub x_stride: usize,
+    x: *const Block,
+    /// Blocks from one group of rows to the next.
+    x_stride: usize,
     /// Where the sums go.
-    pub target: Target,
+    target: Target,
+}
+
+impl Tile<1> {
+    /// The inputs `inputs` of rows 0.. (below `end`) of `x` against a panel of `quant` whose units these are, from input 0 on.
+    ///
+    /// # Panics
+    /// When `x` does not have them.
+    #[inline(always)]
+    pub fn new(
+        (quant, units): (Quant, *const u8),
+        (x, inputs, end): (&Blocks, Range<usize>, usize),
+        target: Target,
+    ) -> Self {
+        Self {
+            quant,
+            units,
+            count: inputs.len() / quant.unit_len(),
+            x: x.at(end, inputs),
+            x_stride: x.stride * GROUP,
+            target,
+        }
+    }
+
+    /// R rows from `row` on.
+    ///
+    /// # Panics
+    /// When they begin within a group and end outside of it.
+    #[inline(always)]
+    pub fn rows<const R: usize>(&self, row: usize) -> Tile<R> {
+        assert!(row.is_multiple_of(GROUP) || row % GROUP + R <= GROUP);
+        Tile {
+            quant: self.quant,
+            units: self.units,
+            count: self.count,
+            x: self
+                .x
+                .wrapping_add(row / GROUP * self.x_stride + row % GROUP),
+            x_stride: self.x_stride,
+            target: Target {
+                y: self.target.y.wrapping_add(row * self.target.stride),
+                ..self.target
+            },
+        }
+    }
 }
 
 impl<const R: usize> Kernel for Tile<R> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        // A kernel for each format, which knows its layout when it is compiled.
         match self.quant.dtype {
             DType::Q8_0 => simd.call(Bytes(self)),
             DType::Q4_0 => simd.call(Nibbles::<R, 0, false, false>(self)),
@@ -190,7 +297,7 @@ impl<const R: usize> Tile<R> {
     unsafe fn quad<S: Simd>(&self, simd: S, r: usize, block: usize, quad: usize) -> S::I {
         // SAFETY: by contract, and `quad` is below 8.
         simd.splat_int(unsafe {
-            let block = self.x.add(r * self.x_stride + block);
+            let block = self.row(r, block);
             (&raw const (*block).p)
                 .cast::<i32>()
                 .add(quad)
@@ -203,7 +310,13 @@ impl<const R: usize> Tile<R> {
     #[inline(always)]
     unsafe fn block(&self, r: usize, block: usize) -> &Block {
         // SAFETY: by contract.
-        unsafe { &*self.x.add(r * self.x_stride + block) }
+        unsafe { &*self.row(r, block) }
+    }
+
+    #[inline(always)]
+    fn row(&self, r: usize, block: usize) -> *const Block {
+        let at = r / GROUP * self.x_stride + block * GROUP + r % GROUP;
+        self.x.wrapping_add(at)
     }
 }
 
@@ -214,7 +327,8 @@ impl<const R: usize> Kernel for Bytes<R> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let tile = self.0;
-        let (at, bytes) = (tile.quant.layout(), tile.quant.unit_bytes());
+        let at = const { BYTES.layout() };
+        let bytes = const { BYTES.unit_bytes() };
         // SAFETY: vouched for by the maker of the tile; offsets are the layout's.
         unsafe {
             let mut sums = tile.begin(simd);
@@ -226,21 +340,32 @@ impl<const R: usize> Kernel for Bytes<R> {
                     for r in 0..R {
                         dots[r] = simd.dot_signed(dots[r], w, tile.quad(simd, r, index, quad));
                     }
+                    for r in 0..R {
+                        dots[r] = simd.pin(dots[r]);
+                    }
                 }
                 let scale = simd.load_f16(unit.cast());
+                let minimum = simd.mul(scale, simd.splat(const { -S::SIGNED_OFFSET as f32 }));
                 for r in 0..R {
                     let x = tile.block(r, index);
-                    let mut dot = dots[r];
-                    if S::SIGNED_OFFSET != 0 {
-                        let sum = x.halves[0] + x.halves[1];
-                        dot = simd.add_int(dot, simd.splat_int(-S::SIGNED_OFFSET * sum));
-                    }
                     let scale = simd.mul(scale, simd.splat(x.scale));
-                    sums[r] = simd.fma(simd.to_float(dot), scale, sums[r]);
+                    sums[r] = simd.fma(simd.to_float(dots[r]), scale, sums[r]);
+                    if const { S::SIGNED_OFFSET != 0 } {
+                        sums[r] = simd.fma(minimum, simd.splat(x.sum), sums[r]);
+                    }
                 }
             }
             tile.finish(simd, sums);
         }
+    }
+}
+
+const BYTES: Quant = known(DType::Q8_0);
+
+const fn known(dtype: DType) -> Quant {
+    match Quant::of(dtype) {
+        Some(quant) => quant,
+        None => panic!("a format of blocks"),
     }
 }
 
@@ -256,8 +381,9 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool> Kern
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let tile = &self.0;
-        let (at, bytes) = (tile.quant.layout(), tile.quant.unit_bytes());
-        let blocks = tile.quant.unit_len() / INT8_BLOCK;
+        let at = const { Self::QUANT.layout() };
+        let bytes = const { Self::QUANT.unit_bytes() };
+        let blocks = const { Self::QUANT.unit_len() / INT8_BLOCK };
         // SAFETY: vouched for by the maker of the tile; offsets are the layout's.
         unsafe {
             let mut sums = tile.begin(simd);
@@ -279,6 +405,16 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool> Kern
 impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
     Nibbles<R, HIGH, MINIMUM, K>
 {
+    const QUANT: Quant = known(match (HIGH, MINIMUM, K) {
+        (0, false, _) => DType::Q4_0,
+        (0, true, false) => DType::Q4_1,
+        (0, true, true) => DType::Q4K,
+        (1, false, _) => DType::Q5_0,
+        (1, true, false) => DType::Q5_1,
+        (1, true, true) => DType::Q5K,
+        _ => DType::Q6K,
+    });
+
     /// # Safety
     /// `low` is four quads, `high` HIGH; the rows must have block `x`.
     #[inline(always)]
@@ -290,36 +426,60 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
         x: usize,
     ) -> Dots<S::I, R> {
         let zero = simd.splat_int(0);
-        let mut dots = [[zero; R]; 2];
-        let mut sums = [zero; R];
-        for half in 0..2 {
-            // SAFETY: by contract.
-            let quads = unsafe {
-                let high = high.add(if HIGH == 2 { half * QUAD } else { 0 });
-                Sixteen::<S, HIGH>::load(simd, low.add(half * 2 * QUAD), high, half).0
-            };
-            for quad in 0..4 {
-                for r in 0..R {
-                    // SAFETY: by contract.
-                    let x = unsafe { self.0.quad(simd, r, x, half * 4 + quad) };
-                    sums[r] = simd.dot_small(sums[r], quads[quad], x);
+        let (mut dots, mut small) = ([[zero; R]; 2], [zero; R]);
+        let second = if HIGH == 2 { QUAD } else { 0 };
+        // Two calls and no loop, which would keep the sums in memory.
+        // SAFETY: by contract.
+        unsafe {
+            self.half(simd, (low, high, 0), x, &mut dots, &mut small);
+            let (low, high) = (low.add(2 * QUAD), high.add(second));
+            self.half(simd, (low, high, 1), x, &mut dots, &mut small);
+        }
+        dots
+    }
+
+    /// Sixteen inputs: those of half `half` of block `x`.
+    ///
+    /// # Safety
+    /// `low` is two quads, `high` one (if HIGH > 0); the rows must have block `x`.
+    #[inline(always)]
+    unsafe fn half<S: Simd>(
+        &self,
+        simd: S,
+        (low, high, half): (*const u8, *const u8, usize),
+        x: usize,
+        dots: &mut Dots<S::I, R>,
+        small: &mut [S::I; R],
+    ) {
+        let into = if HIGH == 2 { half } else { 0 };
+        // SAFETY: by contract.
+        let quads = unsafe { Sixteen::<S, HIGH>::load(simd, low, high, half).0 };
+        for quad in 0..4 {
+            for r in 0..R {
+                // SAFETY: by contract.
+                let x = unsafe { self.0.quad(simd, r, x, half * 4 + quad) };
+                if const { S::SMALL_IS_WHOLE } {
+                    dots[into][r] = simd.dot_small(dots[into][r], quads[quad], x);
+                } else {
+                    small[r] = simd.dot_small(small[r], quads[quad], x);
                 }
-                // The most an i16 takes: 8 quads of 4 bits (8 * 2 * 15 * 127 = 30,480), 4 of 5 bits, 2 of 6.
-                let full = match HIGH {
-                    0 => half == 1 && quad == 3,
-                    1 => quad == 3,
-                    _ => quad % 2 == 1,
-                };
-                if full {
-                    let into = if HIGH == 2 { half } else { 0 };
-                    for r in 0..R {
-                        dots[into][r] = simd.add_int(dots[into][r], simd.whole(sums[r]));
-                        sums[r] = zero;
-                    }
+            }
+            for r in 0..R {
+                dots[into][r] = simd.pin(dots[into][r]);
+            }
+            // The most an i16 takes: 8 quads of 4 bits (8 * 2 * 15 * 127 = 30,480), 4 of 5 bits, 2 of 6.
+            let full = match HIGH {
+                0 => half == 1 && quad == 3,
+                1 => quad == 3,
+                _ => quad % 2 == 1,
+            };
+            if const { !S::SMALL_IS_WHOLE } && full {
+                for r in 0..R {
+                    dots[into][r] = simd.add_int(dots[into][r], simd.whole(small[r]));
+                    small[r] = simd.splat_int(0);
                 }
             }
         }
-        dots
     }
 
     /// # Safety
@@ -333,7 +493,8 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
         block: usize,
         (dots, x): (Dots<S::I, R>, usize),
     ) {
-        let (tile, at) = (&self.0, self.0.quant.layout());
+        let tile = &self.0;
+        let at = const { Self::QUANT.layout() };
         let groups = if HIGH == 2 { 2 } else { 1 };
         for group in 0..groups {
             let lanes = (block * groups + group) * LANES;
@@ -357,22 +518,23 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
                     minimum = simd.mul(minimum, simd.to_float(integer));
                     minimum = simd.sub(simd.splat(0.0), minimum);
                 }
+                if !MINIMUM && groups == 1 {
+                    let offset = const { -Self::QUANT.offset as f32 };
+                    minimum = simd.mul(scale, simd.splat(offset));
+                }
                 (scale, minimum)
             };
             for r in 0..R {
                 // SAFETY: by contract.
                 let x = unsafe { tile.block(r, x) };
                 let mut dot = dots[group][r];
-                if !MINIMUM {
-                    let sum = match HIGH {
-                        2 => x.halves[group],
-                        _ => x.halves[0] + x.halves[1],
-                    };
-                    dot = simd.add_int(dot, simd.splat_int(-tile.quant.offset * sum));
+                if groups == 2 {
+                    let offset = const { -Self::QUANT.offset };
+                    dot = simd.add_int(dot, simd.splat_int(offset * x.halves[group]));
                 }
                 let scale = simd.mul(scale, simd.splat(x.scale));
                 sums[r] = simd.fma(simd.to_float(dot), scale, sums[r]);
-                if MINIMUM {
+                if groups == 1 {
                     sums[r] = simd.fma(minimum, simd.splat(x.sum), sums[r]);
                 }
             }

@@ -25,7 +25,7 @@ mod rooms;
 mod scalar;
 mod simd;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::ops::{
@@ -77,6 +77,34 @@ struct Shared {
     units: Vec<attention::Unit>,
     parts: Vec<f32>,
     blocks: Vec<int8::Block>,
+    /// What `blocks` hold for the op that follows, if `silu_mul_expert_mix` came before it.
+    quantised: Cell<Option<Quantised>>,
+}
+
+/// Rows in [`Shared::blocks`].
+#[derive(Clone, Copy)]
+struct Quantised {
+    /// Of which buffer.
+    x: *const f32,
+    rows: usize,
+    /// Blocks in a row.
+    stride: usize,
+}
+
+// SAFETY: the pointer is compared, never followed.
+unsafe impl Send for Quantised {}
+
+impl Quantised {
+    /// Their blocks, in `room`, which is made long enough.
+    fn blocks(&self, room: &mut Vec<int8::Block>) -> int8::Blocks {
+        let len = int8::Blocks::room(self.rows, self.stride);
+        grow(room, len, int8::Block::ZERO);
+        int8::Blocks {
+            start: room.as_mut_ptr(),
+            len,
+            stride: self.stride,
+        }
+    }
 }
 
 /// Multiply-adds, or numbers touched, that are not worth waking another thread.
@@ -122,24 +150,34 @@ impl Cpu {
         })
     }
 
-    /// Quantises the rows of x that a product needs into the shared blocks; says how many those are.
-    fn quantise(&mut self, x: &[f32], axes: &MatMulAxes) -> usize {
-        let (n, stride, per_row) = (axes.n, axes.k + axes.w, axes.k / INT8_BLOCK);
+    /// The first `inputs` of each row of x as block formats meet them, in the shared blocks.
+    fn quantise(&mut self, x: &[f32], axes: &MatMulAxes, inputs: usize) -> int8::Blocks {
+        let (n, width, stride) = (axes.n, axes.k + axes.w, inputs / INT8_BLOCK);
+        let made = self.shared.quantised.take();
         let blocks = &mut self.shared.blocks;
-        if blocks.len() < n * per_row {
-            blocks.resize(n * per_row, int8::Block::ZERO);
+        if let Some(made) = made
+            && made.x == x.as_ptr()
+            && made.rows >= n
+            && made.stride >= stride
+        {
+            return made.blocks(blocks);
         }
-        let out = Parts::new(blocks);
-        split_rows(&self.pool, n, n * axes.k, &|rows| {
+        let made = Quantised {
+            x: x.as_ptr(),
+            rows: n,
+            stride,
+        };
+        let out = made.blocks(blocks);
+        split_rows(&self.pool, n, n * inputs, &|rows| {
+            // A row is one chunk's: the contract of `Blocks`.
             self.level.run(int8::Quantise {
-                x: &x[rows.start * stride..rows.end * stride],
-                stride,
-                inputs: axes.k,
-                // SAFETY: a row is one chunk's.
-                out: unsafe { out.slice(rows.start * per_row, rows.len() * per_row) },
+                x,
+                width,
+                rows,
+                out,
             });
         });
-        n * per_row
+        out
     }
 
     /// Threads in use.
@@ -254,6 +292,7 @@ impl Backend for Cpu {
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Buffer, BackendError> {
         let len = rows.saturating_mul(width);
+        self.shared.quantised.take();
         Ok(Buffer {
             rows,
             width,
@@ -263,6 +302,7 @@ impl Backend for Cpu {
 
     fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<(), BackendError> {
         bind_write(buffer, values)?;
+        self.shared.quantised.take();
         buffer.values[..values.len()].copy_from_slice(values);
         Ok(())
     }
@@ -301,6 +341,7 @@ impl Backend for Cpu {
     }
 
     fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), BackendError> {
+        self.shared.quantised.take();
         let n = args.step.rows();
         let d = args.bind(n, args.step.limits().vocabulary)?;
         let x = Parts::new(&mut args.x.values);
@@ -315,6 +356,7 @@ impl Backend for Cpu {
     }
 
     fn rms_norm(&mut self, args: RmsNorm<'_, Self>) -> Result<(), BackendError> {
+        self.shared.quantised.take();
         let d = args.bind()?;
         if d == 0 {
             return Ok(());
@@ -336,10 +378,7 @@ impl Backend for Cpu {
     fn matmul(&mut self, args: MatMul<'_, Self>) -> Result<(), BackendError> {
         let axes = args.bind()?;
         let panels = args.w.panels().len();
-        let blocks = match args.w.has_integers() {
-            true => self.quantise(&args.x.values, &axes),
-            false => 0,
-        };
+        let blocks = self.quantise(&args.x.values, &axes, args.w.integer_inputs());
         let (by_panels, by_rows) = matmul_chunks(&self.pool, args.w, axes.n);
         let whole = Product {
             matrix: args.w,
@@ -352,7 +391,7 @@ impl Backend for Cpu {
             y: args.y.values.as_mut_ptr(),
             y_stride: axes.o,
             add: args.add,
-            blocks: &self.shared.blocks[..blocks],
+            blocks,
         };
         let row_chunks = axes.n.div_ceil(by_rows);
         let (level, scratch) = (self.level, &self.scratch);
@@ -372,6 +411,7 @@ impl Backend for Cpu {
     }
 
     fn rope_kv_write(&mut self, args: RopeKvWrite<'_, Self>) -> Result<(), BackendError> {
+        self.shared.quantised.take();
         args.bind(args.step, args.cache.shape())?;
         let n = args.step.rows();
         let qkv = Parts::new(&mut args.qkv.values);
@@ -390,6 +430,7 @@ impl Backend for Cpu {
     }
 
     fn attention(&mut self, args: Attention<'_, Self>) -> Result<(), BackendError> {
+        self.shared.quantised.take();
         args.bind(args.step, args.cache.shape())?;
         let Shared { units, parts, .. } = &mut self.shared;
         attention::units(args.step, args.heads, units);
@@ -420,7 +461,7 @@ impl Backend for Cpu {
         }
         // Few long sequences: threads share the splits of a unit.
         let len = attention::partial_len(args.heads);
-        grow(parts, units.len() * splits * len);
+        grow(parts, units.len() * splits * len, 0.0);
         let shared = Parts::new(parts);
         self.pool.for_each(units.len() * splits, &|thread, i| {
             let (unit, split) = (units[i / splits], i % splits);
@@ -450,6 +491,21 @@ impl Backend for Cpu {
             scratch.experts.reserve(outputs);
         }
         let (hu_width, gates_width) = (args.hu.width, args.gates.width);
+        let integers = args
+            .experts
+            .as_ref()
+            .is_some_and(|(e, _)| e.integer_inputs() > 0);
+        // u follows h if it is whole blocks; else the next product, whose extension is then of floats, needs none of it.
+        let made = Quantised {
+            x: args.hu.values.as_ptr(),
+            rows: n,
+            stride: match integers {
+                true => m / INT8_BLOCK + (hu_width - m) / INT8_BLOCK,
+                false => 0,
+            },
+        };
+        let blocks = made.blocks(&mut self.shared.blocks);
+        self.shared.quantised.set(integers.then_some(made));
         let hu = Parts::new(&mut args.hu.values);
         let gates = Parts::new(&mut args.gates.values);
         let context = experts::Context {
@@ -462,6 +518,7 @@ impl Backend for Cpu {
             hu_width,
             gates: &gates,
             gates_width,
+            blocks,
         };
         let (level, scratch) = (self.level, &self.scratch);
         let groups = n.div_ceil(experts::ROWS);
@@ -480,7 +537,7 @@ impl Backend for Cpu {
         }
         // Few rows: threads share the splits of a row.
         let splits = context.splits();
-        grow(&mut self.shared.parts, n * splits * outputs);
+        grow(&mut self.shared.parts, n * splits * outputs, 0.0);
         let parts = Parts::new(&mut self.shared.parts);
         self.pool.for_each(groups * splits, &|thread, i| {
             let job = experts::Job::Split(rows(i / splits), i % splits, &parts);
@@ -494,6 +551,7 @@ impl Backend for Cpu {
     }
 
     fn gather_rows(&mut self, args: GatherRows<'_, Self>) -> Result<(), BackendError> {
+        self.shared.quantised.take();
         let rows = args.step.logit_rows();
         let d = args.bind(args.step.rows(), rows.len())?;
         for (i, row) in rows.iter().enumerate() {
@@ -517,8 +575,8 @@ fn mix(
     level.run(experts::Mix(context, job, own, widened));
 }
 
-fn grow(room: &mut Vec<f32>, len: usize) {
+fn grow<T: Copy>(room: &mut Vec<T>, len: usize, value: T) {
     if room.len() < len {
-        room.resize(len, 0.0);
+        room.resize(len, value);
     }
 }

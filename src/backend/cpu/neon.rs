@@ -30,6 +30,7 @@ impl Simd for Neon {
     const ACCUMULATORS: usize = 6;
     const INTEGER_ROWS: usize = 4;
     const SIGNED_OFFSET: i32 = 0;
+    const SMALL_IS_WHOLE: bool = true;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {

@@ -3,7 +3,7 @@
 //! A panel of a float format is (inputs, lanes), so that one load takes one input's weights of all its outputs; a panel of a
 //! block format is units of [`Quant`]. The last panel of a part holds fewer outputs: a float panel is then narrower, and a
 //! load of sixteen lanes reads into the next input, whose lanes nobody looks at. Behind its weights a panel carries its
-//! outputs of the extension, f32 or bf16 (extension inputs, lanes).
+//! outputs of the extension: f32 or bf16 (extension inputs, lanes), or units.
 
 #![allow(unsafe_code)]
 
@@ -15,7 +15,7 @@ use super::memory::{Arena, Memory};
 use super::pool::{Parts, Pool};
 use super::quant::Quant;
 use super::simd::LANES;
-use crate::backend::ops::bind_parts;
+use crate::backend::ops::{bind_parts, meets_integers};
 use crate::backend::{BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::dtype::DType;
 
@@ -49,8 +49,18 @@ impl Format {
         }
     }
 
-    fn of_extension(extension: Option<&HostMatrix<'_>>) -> Self {
-        extension.map_or(Self::F32, |extension| Self::of(extension.dtype))
+    /// As [`crate::backend::ops::MATMUL`] says: units if they are to meet x in int8, widened otherwise.
+    fn of_extension(
+        extension: Option<&HostMatrix<'_>>,
+        inputs: usize,
+        format: WeightFormat,
+    ) -> Self {
+        extension.map_or(Self::F32, |extension| {
+            match meets_integers(extension.dtype, inputs, format) {
+                false if extension.dtype.is_quantised() => Self::F32,
+                _ => Self::of(extension.dtype),
+            }
+        })
     }
 
     #[inline(always)]
@@ -95,7 +105,7 @@ impl Layout {
         format: WeightFormat,
     ) -> Self {
         let inputs = parts.first().map_or(0, |part| part.cols);
-        let extension_format = Format::of_extension(extension);
+        let extension_format = Format::of_extension(extension, inputs, format);
         let extension_inputs = extension.map_or(0, |extension| extension.cols);
         let mut panels = Vec::new();
         let mut sources = Vec::new();
@@ -179,7 +189,7 @@ impl PackedMatrix {
         format: WeightFormat,
     ) -> Result<Self, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
-        let extension_format = Format::of_extension(extension.as_ref());
+        let extension_format = Format::of_extension(extension.as_ref(), inputs, format);
         let Layout {
             panels,
             sources,
@@ -200,7 +210,11 @@ impl PackedMatrix {
             };
             pack_panel(&parts[part], row, panel, format, weights);
             if let Some(extension) = &extension {
-                pack_floats(extension, panel.first, panel.lanes, extension_format, tail);
+                let panel = Panel {
+                    format: extension_format,
+                    ..*panel
+                };
+                pack_panel(extension, panel.first, &panel, WeightFormat::Stored, tail);
             }
         });
         Ok(Self {
@@ -223,11 +237,25 @@ impl PackedMatrix {
         }
     }
 
-    /// Whether any panel meets x in int8.
-    pub fn has_integers(&self) -> bool {
-        self.panels
-            .iter()
-            .any(|panel| self.integers(panel).is_some())
+    /// How the extension meets its inputs in int8; `None` where it meets them in f32.
+    #[inline(always)]
+    pub fn extension_integers(&self) -> Option<Quant> {
+        match self.extension_format {
+            Format::Quant(quant) => Some(quant),
+            _ => None,
+        }
+    }
+
+    /// Inputs that any panel meets in int8, the extension's among them: all that x has of them in [`INT8_BLOCK`]s, or none.
+    pub fn integer_inputs(&self) -> usize {
+        let integers = |panel| self.integers(panel).is_some();
+        if self.extension_integers().is_some() {
+            return self.inputs + self.extension_inputs;
+        }
+        if self.panels.iter().any(integers) {
+            return self.inputs;
+        }
+        0
     }
 
     /// All panels, in order of their outputs.
@@ -250,7 +278,7 @@ impl PackedMatrix {
         self.bytes.as_ptr().wrapping_add(panel.extension_at)
     }
 
-    /// [`Format::F32`] or [`Format::BF16`].
+    /// [`Format::F32`], [`Format::BF16`], or units that meet x in int8.
     #[inline(always)]
     pub fn extension_format(&self) -> Format {
         self.extension_format

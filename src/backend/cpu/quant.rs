@@ -54,7 +54,7 @@ pub struct Layout {
 
 impl Quant {
     /// The layout of a block format; `None` for plain floats.
-    pub fn of(dtype: DType) -> Option<Self> {
+    pub const fn of(dtype: DType) -> Option<Self> {
         let (group, minimum, high_bits, offset) = match dtype {
             DType::F32 | DType::F16 | DType::BF16 => return None,
             DType::Q8_0 => (32, false, 4, 0),
@@ -77,24 +77,24 @@ impl Quant {
 
     /// Inputs in a unit.
     #[inline(always)]
-    pub fn unit_len(self) -> usize {
+    pub const fn unit_len(self) -> usize {
         self.dtype.block_len()
     }
 
     /// Bytes of a unit.
     #[inline(always)]
-    pub fn unit_bytes(self) -> usize {
+    pub const fn unit_bytes(self) -> usize {
         self.layout().end
     }
 
     #[inline(always)]
-    fn is_k_quant(self) -> bool {
+    const fn is_k_quant(self) -> bool {
         self.dtype.block_len() == 256
     }
 
     /// Where its arrays start.
     #[inline(always)]
-    pub fn layout(self) -> Layout {
+    pub const fn layout(self) -> Layout {
         let len = self.unit_len();
         let groups = if self.is_k_quant() {
             len / self.group

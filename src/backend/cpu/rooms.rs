@@ -36,7 +36,10 @@ impl Rooms {
             expert_outputs,
             units: attention::units_max(limits, work.heads),
             parts: (shared * attention).max(mix),
-            blocks: limits.rows.max(limits.logit_rows) * (work.quantised_inputs / INT8_BLOCK),
+            blocks: int8::Blocks::room(
+                limits.rows.max(limits.logit_rows),
+                work.quantised_inputs / INT8_BLOCK,
+            ),
         }
     }
 
@@ -57,9 +60,7 @@ impl Shared {
     pub(super) fn reserve(&mut self, rooms: &Rooms) {
         let missing = rooms.units.saturating_sub(self.units.len());
         self.units.reserve_exact(missing);
-        grow(&mut self.parts, rooms.parts);
-        if self.blocks.len() < rooms.blocks {
-            self.blocks.resize(rooms.blocks, int8::Block::ZERO);
-        }
+        grow(&mut self.parts, rooms.parts, 0.0);
+        grow(&mut self.blocks, rooms.blocks, int8::Block::ZERO);
     }
 }

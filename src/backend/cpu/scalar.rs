@@ -43,6 +43,7 @@ impl Simd for Scalar {
     const ACCUMULATORS: usize = 1;
     const INTEGER_ROWS: usize = 1;
     const SIGNED_OFFSET: i32 = 0;
+    const SMALL_IS_WHOLE: bool = true;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {

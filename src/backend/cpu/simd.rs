@@ -116,6 +116,8 @@ pub trait Simd: Copy {
     const ACCUMULATORS: usize;
     /// Rows of a tile of integers that fit the registers.
     const INTEGER_ROWS: usize;
+    /// Whether [`Simd::dot_small`] sums integers, of which [`Simd::whole`] has nothing to make.
+    const SMALL_IS_WHOLE: bool;
     /// What [`Simd::dot_signed`] takes each byte of `w` to be too large by.
     const SIGNED_OFFSET: i32;
 
@@ -205,6 +207,12 @@ pub trait Simd: Copy {
     /// Adds each lane's sum of four products of signed bytes, those of `x` in -127..=127, to the integers `sums`; a product's byte
     /// of `w` may be too large by [`Simd::SIGNED_OFFSET`].
     fn dot_signed(self, sums: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// `a`, in a register and not computed earlier or later: the compiler orders a tile of sums one by one if it may, and each is then
+    /// a chain that waits for itself.
+    #[inline(always)]
+    fn pin(self, a: Self::I) -> Self::I {
+        a
+    }
     /// Integers as floats.
     fn to_float(self, a: Self::I) -> Self::F;
     /// The bits of integers taken for floats.

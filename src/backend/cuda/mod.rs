@@ -189,6 +189,10 @@ impl<D: Driver> Backend for Cuda<D> {
         "cuda"
     }
 
+    fn quantises(&self) -> bool {
+        false
+    }
+
     fn matrix(
         &self,
         parts: &[HostMatrix<'_>],
