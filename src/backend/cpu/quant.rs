@@ -122,6 +122,9 @@ impl Quant {
 
     /// Puts one row's block into lane `lane` of a unit that was zero there.
     pub fn interleave(self, block: &[u8], lane: usize, unit: &mut [u8]) {
+        if self.interleave_words(block, lane, unit) {
+            return;
+        }
         let at = self.layout();
         let mut q = [0u8; 256];
         let q = &mut q[..self.unit_len()];
@@ -157,6 +160,39 @@ impl Quant {
                     q >> 4 << (self.high_bits * (quad % per_byte));
             }
         }
+    }
+
+    /// [`Self::interleave`] four inputs at a time, of the formats that most files are in and whose integers are whole bytes or nibbles:
+    /// byte by byte it would be half of the time that a model takes to load. `false`: another format.
+    fn interleave_words(self, block: &[u8], lane: usize, unit: &mut [u8]) -> bool {
+        let fields = match self.dtype {
+            DType::Q8_0 | DType::Q4_0 => 2,
+            DType::Q4_1 => 4,
+            _ => return false,
+        };
+        let at = self.layout();
+        let (scales, integers) = block.split_at(fields);
+        for (field, scale) in scales.as_chunks::<2>().0.iter().enumerate() {
+            unit[field * 2 * LANES + 2 * lane..][..2].copy_from_slice(scale);
+        }
+        let (words, _) = integers.as_chunks::<4>();
+        let mut put = |quad: usize, word: u32| {
+            unit[at.low + quad * QUAD + 4 * lane..][..4].copy_from_slice(&word.to_ne_bytes());
+        };
+        if self.high_bits == 4 {
+            for (quad, word) in words.iter().enumerate() {
+                put(quad, u32::from_ne_bytes(*word));
+            }
+            return true;
+        }
+        // Byte j of the block has inputs j and j + 16; each byte of a word is on its own, whatever their order.
+        for (half, pair) in words.as_chunks::<2>().0.iter().enumerate() {
+            let [even, odd] = pair.map(u32::from_ne_bytes);
+            let low = 0x0f0f_0f0f;
+            put(half, even & low | (odd & low) << 4);
+            put(half + 2, even >> 4 & low | odd & !low);
+        }
+        true
     }
 
     /// Input `k` of lane `lane` of a unit.
