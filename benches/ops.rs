@@ -271,7 +271,7 @@ fn attention(machine: &mut Machine, heads: Heads, format: KvFormat, shape: (usiz
     let mut y = machine.cpu.buffer(n, out).unwrap();
     // A row sees the positions up to its own.
     let seen: usize = (length - rows + 1..=length).sum();
-    let bytes = sequences * length * 2 * heads.kv * heads.size * format.bytes();
+    let bytes = sequences * length * 2 * heads.kv * format.head_bytes(heads.size);
     machine.line(&name, bytes, 4 * sequences * seen * out, |cpu| {
         let call = ops::Attention {
             step: &step,

@@ -29,6 +29,11 @@ template <typename T, int C, int ROWS> __device__ __forceinline__ void fetch_blo
     }
 }
 
+// `bytes` (whole packs of 16) to shared memory, by `threads` threads of which this is `thread`.
+__device__ __forceinline__ void fetch_bytes(uint8_t* to, const uint8_t* from, int bytes, int thread, int threads) {
+    for (int i = thread * 16; i < bytes; i += threads * 16) ptx::cp_async_16(to + i, from + i, true);
+}
+
 // Two numbers 1 in one word: a column of ones beside V adds up a row's weights.
 template <typename T> __device__ __forceinline__ uint32_t pair_of_ones() { return pair_of<T>(1.f, 1.f); }
 

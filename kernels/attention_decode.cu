@@ -7,6 +7,7 @@
 // Bound: memory, 2 (L + 1) kv c sizeof(T) bytes a sequence of context L. In flight: DECODE_WARPS * 2 stages of K and V, 64 KB at c = 128.
 // Checked: 168 registers; HMMA LDSM LDGSTS
 #include "attention.cuh"
+#include "e4m3.cuh"
 
 constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
 static_assert(DECODE_HEADS == 16 && KV_BLOCK == 16, "fragments of mma.m16n8k16");
@@ -16,12 +17,13 @@ constexpr int PARTIAL = HEAD_SIZE_MAX + 2;
 
 // rows (grid.x, 4) of sequences with one: row in the step, its position, place of the sequence's block table in `blocks`, 0; the rest as in
 // attention_prefill; partials (rows, query, splits, PARTIAL). Grid: (rows, kv heads * head tiles, splits). A row of -1 fills a bucket:
-// nothing is read or written for it.
-template <typename T, int C>
+// nothing is read or written for it. Caches of numbers, KV = T, or of codes, KV = uint8_t.
+template <typename T, typename KV, int C>
 __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ partials, const T* __restrict__ qkv,
-                                       const T* __restrict__ k_cache, const T* __restrict__ v_cache, const int4* __restrict__ rows,
+                                       const KV* __restrict__ k_cache, const KV* __restrict__ v_cache, const int4* __restrict__ rows,
                                        const int* __restrict__ blocks, int query, int kv, int c, int qkv_stride, int y_stride,
                                        float scale) {
+    constexpr bool CODES = sizeof(KV) == 1;
     constexpr int PITCH = HEAD_PITCH<C>, TILE = KV_BLOCK * PITCH;
     const int4 place = rows[blockIdx.x];
     const int row = place.x, keys = place.y + 1, first_key = blockIdx.z * DECODE_SPLIT;
@@ -47,12 +49,22 @@ __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ pa
     });
     ptx::cp_async_commit();
 
+    // Codes: the first stage's place is for what they widen to, the second's for the codes of both stages.
+    const auto codes_of = [&](int turn) -> uint8_t* {
+        return reinterpret_cast<uint8_t*>(mine + 2 * TILE) + turn / DECODE_WARPS % 2 * 2 * e4m3_block_bytes(C);
+    };
     const auto fetch = [&](int turn) {
         if (turn < turns) {
             const size_t head = size_t(turn == warp ? first_block : table[turn]) * kv + kv_head;
-            T* at = mine + turn / DECODE_WARPS % 2 * 2 * TILE;
-            fetch_block<T, C, KV_BLOCK>(at, k_cache + head * KV_BLOCK * c, count - turn * KV_BLOCK, c);
-            fetch_block<T, C, KV_BLOCK>(at + TILE, v_cache + head * KV_BLOCK * c, count - turn * KV_BLOCK, c);
+            if constexpr (CODES) {
+                const int bytes = e4m3_block_bytes(c);
+                fetch_bytes(codes_of(turn), k_cache + head * bytes, bytes, lane, WARP);
+                fetch_bytes(codes_of(turn) + e4m3_block_bytes(C), v_cache + head * bytes, bytes, lane, WARP);
+            } else {
+                T* at = mine + turn / DECODE_WARPS % 2 * 2 * TILE;
+                fetch_block<T, C, KV_BLOCK>(at, k_cache + head * KV_BLOCK * c, count - turn * KV_BLOCK, c);
+                fetch_block<T, C, KV_BLOCK>(at + TILE, v_cache + head * KV_BLOCK * c, count - turn * KV_BLOCK, c);
+            }
         }
         ptx::cp_async_commit();
     };
@@ -65,8 +77,13 @@ __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ pa
         fetch(turn + DECODE_WARPS);
         ptx::cp_async_wait<1>();
         __syncwarp();
-        const T* at = mine + turn / DECODE_WARPS % 2 * 2 * TILE;
+        T* at = CODES ? mine : mine + turn / DECODE_WARPS % 2 * 2 * TILE;
         const int left = count - turn * KV_BLOCK, limit[1][2] = {{left, left}};
+        if constexpr (CODES) {
+            e4m3_widen_block<T, C, PITCH>(at, codes_of(turn), left, c, lane, WARP);
+            e4m3_widen_block<T, C, PITCH>(at + TILE, codes_of(turn) + e4m3_block_bytes(C), left, c, lane, WARP);
+            __syncwarp();
+        }
         state.template attend<KV_BLOCK, true>(q_tile, at, at + TILE, limit, scale);
         __syncwarp();
     }
@@ -107,17 +124,19 @@ __device__ __forceinline__ void decode(T* __restrict__ y, float* __restrict__ pa
     }
 }
 
-#define DECODE(C)                                                                                                                         \
-    template <typename T>                                                                                                                 \
-    __device__ void attention_decode_##C(T* y, float* partials, const T* qkv, const T* k_cache, const T* v_cache, const int4* rows,       \
-                                         const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, \
-                                         float scale) {                                                                                   \
-        decode<T, C>(y, partials, qkv, k_cache, v_cache, rows, blocks, query, kv, c, qkv_stride, y_stride, scale);             \
-    }                                                                                                                                     \
-    EARLY_KERNEL(attention_decode_##C, (DECODE_THREADS, 3),                                                                               \
-                 (T * y, float* partials, const T* qkv, const T* k_cache, const T* v_cache, const int4* rows,                             \
-                  const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale),                                \
+#define DECODE_OF(name, KV, C)                                                                                                        \
+    template <typename T>                                                                                                             \
+    __device__ void name(T* y, float* partials, const T* qkv, const KV* k_cache, const KV* v_cache, const int4* rows,                 \
+                         const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale) {                    \
+        decode<T, KV, C>(y, partials, qkv, k_cache, v_cache, rows, blocks, query, kv, c, qkv_stride, y_stride, scale);                \
+    }                                                                                                                                 \
+    EARLY_KERNEL(name, (DECODE_THREADS, 3),                                                                                           \
+                 (T * y, float* partials, const T* qkv, const KV* k_cache, const KV* v_cache, const int4* rows, const int* blocks,    \
+                  int query, int kv, int c, int qkv_stride, int y_stride, float scale),                                               \
                  (y, partials, qkv, k_cache, v_cache, rows, blocks, query, kv, c, qkv_stride, y_stride, scale))
+#define DECODE(C)                          \
+    DECODE_OF(attention_decode_##C, T, C) \
+    DECODE_OF(attention_decode_fp8_##C, uint8_t, C)
 DECODE(16)
 DECODE(32)
 DECODE(64)

@@ -7,6 +7,7 @@
 // Bound: the tensor cores, 2 c (L + 1) operations a query head and token of context L; memory, K and V once a block.
 // Checked: 255 registers; HMMA LDSM LDGSTS
 #include "attention.cuh"
+#include "e4m3.cuh"
 
 constexpr int PREFILL_WARP_ROWS = PREFILL_ROWS / (PREFILL_THREADS / WARP), PREFILL_TILES = PREFILL_WARP_ROWS / 16;
 static_assert(PREFILL_TILES * 16 * (PREFILL_THREADS / WARP) == PREFILL_ROWS, "warps take whole tiles of 16 rows");
@@ -14,13 +15,15 @@ static_assert(PREFILL_POSITIONS % KV_BLOCK == 0, "whole blocks of the cache");
 
 // tiles (grid.x, 2): sequence, its first token of this tile; sequences (s, 4): first row in the step, rows, position of the first, place of
 // its block table in `blocks`; qkv (n, qkv_stride): rotated q; caches of this layer (blocks, kv, KV_BLOCK, c); y (n, y_stride).
-// Grid: (tiles, kv heads). c <= C, c % 8 == 0; query % kv == 0 and query / kv <= PREFILL_ROWS.
-template <typename T, int C>
-__device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__ qkv, const T* __restrict__ k_cache,
-                                        const T* __restrict__ v_cache, const int* __restrict__ tiles, const int* __restrict__ sequences,
+// Grid: (tiles, kv heads). c <= C, c % 8 == 0; query % kv == 0 and query / kv <= PREFILL_ROWS. Caches of numbers, KV = T, or of codes,
+// KV = uint8_t, which all threads widen together before they attend.
+template <typename T, typename KV, int C>
+__device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__ qkv, const KV* __restrict__ k_cache,
+                                        const KV* __restrict__ v_cache, const int* __restrict__ tiles, const int* __restrict__ sequences,
                                         const int* __restrict__ blocks, int query, int kv, int c, int qkv_stride, int y_stride,
                                         float scale) {
-    constexpr int PITCH = HEAD_PITCH<C>, TILE = PREFILL_POSITIONS * PITCH;
+    constexpr bool CODES = sizeof(KV) == 1;
+    constexpr int PITCH = HEAD_PITCH<C>, TILE = PREFILL_POSITIONS * PITCH, BLOCKS = PREFILL_POSITIONS / KV_BLOCK;
     DYNAMIC_SHARED(T, shared);
     T* q_tile = shared;
     T* kv_tiles = shared + PREFILL_ROWS * PITCH;  // stage, then K or V
@@ -36,9 +39,41 @@ __device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__
         return r < count * group ? qkv + size_t(row0 + r / group) * qkv_stride + (kv_head * group + r % group) * c : nullptr;
     });
     const int stages = ceil_div(keys, PREFILL_POSITIONS);
+    // Codes: the first stage's place is for what they widen to, the second's for the codes of both stages.
+    const auto codes_of = [&](int stage, int block) -> uint8_t* {
+        return reinterpret_cast<uint8_t*>(kv_tiles + 2 * TILE) + (stage % 2 * BLOCKS + block) * 2 * e4m3_block_bytes(C);
+    };
+    const auto fetch_codes = [&](int stage) {
+        const int bytes = e4m3_block_bytes(c);
+#pragma unroll 1
+        for (int block = 0; block < BLOCKS; ++block) {
+            const int at = stage * BLOCKS + block;
+            if (at * KV_BLOCK >= keys) break;
+            const size_t head = size_t(table[at]) * kv + kv_head;
+#pragma unroll 1
+            for (int i = 0; i < 2; ++i) {
+                const uint8_t* from = reinterpret_cast<const uint8_t*>(i == 0 ? k_cache : v_cache) + head * bytes;
+                fetch_bytes(codes_of(stage, block) + i * e4m3_block_bytes(C), from, bytes, threadIdx.x, PREFILL_THREADS);
+            }
+        }
+    };
+    const auto widen = [&](int stage) {
+#pragma unroll 1
+        for (int block = 0; block < BLOCKS; ++block) {
+            const int rows = keys - (stage * BLOCKS + block) * KV_BLOCK;
+#pragma unroll 1
+            for (int i = 0; i < 2; ++i)
+                e4m3_widen_block<T, C, PITCH>(kv_tiles + i * TILE + block * KV_BLOCK * PITCH, codes_of(stage, block) + i * e4m3_block_bytes(C), rows,
+                                              c, threadIdx.x, PREFILL_THREADS);
+        }
+        __syncthreads();
+    };
     const auto fetch = [&](int stage) {
-        if (stage < stages) {
-            const auto row_of = [&](const T* cache) {
+        if (CODES && stage < stages) {
+            fetch_codes(stage);
+        } else if (stage < stages) {
+            const auto row_of = [&](const KV* codes_or_numbers) {
+                const T* cache = reinterpret_cast<const T*>(codes_or_numbers);
                 return [=](int r) -> const T* {
                     const int position = stage * PREFILL_POSITIONS + r;
                     if (position >= keys) return nullptr;
@@ -64,7 +99,8 @@ __device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__
         ptx::cp_async_wait<1>();
         __syncthreads();
         const int first = stage * PREFILL_POSITIONS;
-        const T* at = kv_tiles + stage % 2 * 2 * TILE;
+        if constexpr (CODES) widen(stage);
+        const T* at = CODES ? kv_tiles : kv_tiles + stage % 2 * 2 * TILE;
         int left[PREFILL_TILES][2];
 #pragma unroll
         for (int t = 0; t < PREFILL_TILES; ++t)
@@ -93,16 +129,19 @@ __device__ __forceinline__ void prefill(T* __restrict__ y, const T* __restrict__
         }
 }
 
-#define PREFILL(C)                                                                                                                         \
-    template <typename T>                                                                                                                  \
-    __device__ void attention_prefill_##C(T* y, const T* qkv, const T* k_cache, const T* v_cache, const int* tiles, const int* sequences,  \
-                                          const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale) {        \
-        prefill<T, C>(y, qkv, k_cache, v_cache, tiles, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale);                      \
-    }                                                                                                                                      \
-    KERNEL(attention_prefill_##C, (PREFILL_THREADS),                                                                                       \
-           (T * y, const T* qkv, const T* k_cache, const T* v_cache, const int* tiles, const int* sequences, const int* blocks, int query, \
-            int kv, int c, int qkv_stride, int y_stride, float scale),                                                                     \
+#define PREFILL_OF(name, KV, C)                                                                                                          \
+    template <typename T>                                                                                                                \
+    __device__ void name(T* y, const T* qkv, const KV* k_cache, const KV* v_cache, const int* tiles, const int* sequences,               \
+                         const int* blocks, int query, int kv, int c, int qkv_stride, int y_stride, float scale) {                       \
+        prefill<T, KV, C>(y, qkv, k_cache, v_cache, tiles, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale);                \
+    }                                                                                                                                    \
+    KERNEL(name, (PREFILL_THREADS),                                                                                                      \
+           (T * y, const T* qkv, const KV* k_cache, const KV* v_cache, const int* tiles, const int* sequences, const int* blocks,        \
+            int query, int kv, int c, int qkv_stride, int y_stride, float scale),                                                        \
            (y, qkv, k_cache, v_cache, tiles, sequences, blocks, query, kv, c, qkv_stride, y_stride, scale))
+#define PREFILL(C)                          \
+    PREFILL_OF(attention_prefill_##C, T, C) \
+    PREFILL_OF(attention_prefill_fp8_##C, uint8_t, C)
 PREFILL(16)
 PREFILL(32)
 PREFILL(64)

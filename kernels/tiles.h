@@ -9,7 +9,7 @@ constexpr int HEAD_SIZE_MAX = 128;        // c
 constexpr int EMBED_THREADS = 128;        // a block an n
 constexpr int GATHER_THREADS = 128;       // a block an r
 constexpr int NORM_THREADS = 512;         // a block an n
-constexpr int ROPE_THREADS = 256;         // a block this many packs of four numbers of a row of qkv
+constexpr int ROPE_THREADS = 256;         // a block the whole heads of so many packs of four pairs of a row of qkv
 
 constexpr int MIX_ROWS = 16;              // n of a block: one m16 of mma
 constexpr int MIX_COLS = 512;             // m of a block

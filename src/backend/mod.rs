@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod device;
+mod e4m3;
 mod error;
 mod open;
 pub mod ops;
@@ -108,14 +109,17 @@ pub enum KvFormat {
     BF16,
     /// Exact.
     F32,
+    /// A byte a number and a scale a head: [`ops::quantise_head`].
+    FP8,
 }
 
 impl KvFormat {
-    /// Bytes of one number.
-    pub fn bytes(self) -> usize {
+    /// Bytes of one position's K or V of a head of `size` numbers.
+    pub fn head_bytes(self, size: usize) -> usize {
         match self {
-            Self::BF16 => 2,
-            Self::F32 => 4,
+            Self::BF16 => 2 * size,
+            Self::F32 => 4 * size,
+            Self::FP8 => size + size_of::<f32>(),
         }
     }
 }
@@ -138,11 +142,8 @@ pub struct KvShape {
 impl KvShape {
     /// Bytes of one block over all layers, K and V together.
     pub fn block_bytes(&self) -> usize {
-        2 * self.layers
-            * self.kv_heads
-            * self.head_size
-            * crate::types::BLOCK_TOKENS
-            * self.format.bytes()
+        let head = self.format.head_bytes(self.head_size);
+        2 * self.layers * self.kv_heads * crate::types::BLOCK_TOKENS * head
     }
 }
 

@@ -4,6 +4,7 @@
 //! Axes: `n` rows of the step (tokens), `d` hidden size, `m` MLP width, `k` inputs and `o` outputs of a matrix, `w` = both
 //! experts' ranks together, `r` rows whose logits are wanted, `l` layers, `c` head size, `p` positions.
 
+use super::e4m3;
 use super::step::HostStep;
 use super::{Backend, BackendError, HostMatrix, KvShape, Matrix, Shaped, WeightFormat};
 use crate::dtype::DType;
@@ -98,10 +99,36 @@ pub fn meets_integers(kept: DType, inputs: usize, format: WeightFormat) -> bool 
     kept.is_quantised() && format != WeightFormat::F32 && inputs.is_multiple_of(INT8_BLOCK)
 }
 
+/// K or V of a head as [`super::KvFormat::FP8`] keeps it: codes[i] = e4m3(x[i] * (448 / max|x|)), to nearest even, and the scale max|x| / 448,
+/// so that x is about scale * codes. The scale is NaN where x is not finite, and 0 where all of x is below [`INT8_LEAST`].
+///
+/// A GPU reads scale * code rounded to its storage.
+pub fn quantise_head(x: &[f32], codes: &mut [u8]) -> f32 {
+    let broken: f32 = x.iter().map(|x| x * 0.0).sum();
+    let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    if most < INT8_LEAST {
+        codes.fill(0);
+        return broken;
+    }
+    let inverse = e4m3::LARGEST / most;
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = e4m3::encode(x * inverse);
+    }
+    most / e4m3::LARGEST + broken
+}
+
+/// What [`quantise_head`] kept, as f32.
+pub fn widen_head(codes: &[u8], scale: f32, x: &mut [f32]) {
+    for (x, code) in x.iter_mut().zip(codes) {
+        *x = e4m3::decode(*code) * scale;
+    }
+}
+
 /// Rotary embedding of q and k, and the new rows of the K/V cache.
 pub const ROPE_KV_WRITE: Op = Op {
     name: "rope_kv_write",
-    formula: "for q and k: (x_i, x_{i+c/2}) -> (x_i cos - x_{i+c/2} sin, x_{i+c/2} cos + x_i sin); k, v -> cache",
+    formula: "for q and k: (x_i, x_{i+c/2}) -> (x_i cos - x_{i+c/2} sin, x_{i+c/2} cos + x_i sin); k, v -> cache, each head's c numbers by \
+              quantise_head where the cache is of KvFormat::FP8",
     operands: &[(">qkv", "n qkv"), ("rope", "p c")],
     layout: "a row of qkv: q heads, k heads, v heads; a row of rope: c/2 cosines, c/2 sines",
     tolerance: SUMS,

@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::ops::{
     Attention, Embed, GatherRows, Heads, INT8_BLOCK, MatMul, RmsNorm, RopeKvWrite,
-    SiluMulExpertMix, bind_parts, meets_integers, quantise_block,
+    SiluMulExpertMix, bind_parts, meets_integers, quantise_block, quantise_head, widen_head,
 };
 use super::step::HostStep;
 use super::{
@@ -116,11 +116,21 @@ impl PlainCache {
         start..start + self.shape.head_size
     }
 
-    fn stored(&self, value: f32) -> f32 {
+    /// A head's numbers as the cache gives them back.
+    fn stored(&self, head: &[f32]) -> Vec<f32> {
+        let mut stored = head.to_vec();
         match self.shape.format {
-            KvFormat::BF16 => bf16::from_f32(value).to_f32(),
-            KvFormat::F32 => value,
+            KvFormat::BF16 => stored
+                .iter_mut()
+                .for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+            KvFormat::F32 => {}
+            KvFormat::FP8 => {
+                let mut codes = vec![0; head.len()];
+                let scale = quantise_head(head, &mut codes);
+                widen_head(&codes, scale, &mut stored);
+            }
         }
+        stored
     }
 }
 
@@ -347,12 +357,12 @@ impl Backend for Reference {
                     let at = args
                         .cache
                         .at(args.layer, sequence.block_table, position, head);
-                    for (i, slot) in at.enumerate() {
-                        let k = qkv[(query + head) * size + i];
-                        let v = qkv[(query + kv + head) * size + i];
-                        args.cache.k[slot] = args.cache.stored(k);
-                        args.cache.v[slot] = args.cache.stored(v);
-                    }
+                    let k = args.cache.stored(&qkv[(query + head) * size..][..size]);
+                    let v = args
+                        .cache
+                        .stored(&qkv[(query + kv + head) * size..][..size]);
+                    args.cache.k[at.clone()].copy_from_slice(&k);
+                    args.cache.v[at].copy_from_slice(&v);
                 }
             }
         }

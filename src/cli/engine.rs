@@ -167,6 +167,7 @@ impl ModelFormats {
             kv: match runtime.kv_dtype {
                 KvDType::Bf16 => KvFormat::BF16,
                 KvDType::F32 => KvFormat::F32,
+                KvDType::Fp8 => KvFormat::FP8,
             },
         }
     }

@@ -113,8 +113,8 @@ fn mebibytes(bytes: u64) -> String {
 pub enum Remedy {
     /// `--max-model-len`, at most.
     MaxModelLen(usize),
-    /// `--kv-dtype bf16`.
-    KvDType,
+    /// `--kv-dtype`.
+    KvDType(KvDType),
     /// `--kv-cache-tokens`, at most.
     KvCacheTokens(u64),
     /// `--gpu-memory-utilization`, at least.
@@ -125,7 +125,7 @@ impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::MaxModelLen(tokens) => write!(f, "--max-model-len {tokens}"),
-            Self::KvDType => f.write_str("--kv-dtype bf16"),
+            Self::KvDType(dtype) => write!(f, "--kv-dtype {}", dtype.as_str()),
             Self::KvCacheTokens(tokens) => write!(f, "--kv-cache-tokens {tokens}"),
             Self::GpuMemoryUtilization(share) => write!(f, "--gpu-memory-utilization {share:.2}"),
         }
@@ -326,8 +326,14 @@ impl Plan<'_> {
     }
 
     fn narrower(&self, context: usize) -> Option<Remedy> {
-        let fits = || self.least(context, self.block_bytes() / 2).fits();
-        (self.runtime.kv_dtype == KvDType::F32 && fits()).then_some(Remedy::KvDType)
+        let (dtype, block_bytes) = match (self.runtime.kv_dtype, self.memory) {
+            (KvDType::F32, _) => (KvDType::Bf16, self.block_bytes() / 2),
+            // With the scales of heads of 16 numbers or more.
+            (KvDType::Bf16, DeviceMemory::Gpu { .. }) => (KvDType::Fp8, self.block_bytes() / 8 * 5),
+            _ => return None,
+        };
+        let fits = self.least(context, block_bytes).fits();
+        fits.then_some(Remedy::KvDType(dtype))
     }
 
     /// The largest cache that fits, where a larger one is asked for.
@@ -482,7 +488,7 @@ mod tests {
         assert_eq!(mib(found.budget.needed() - 72 * GIB), 56.0);
         let [
             Remedy::MaxModelLen(tokens),
-            Remedy::KvDType,
+            Remedy::KvDType(KvDType::Bf16),
             Remedy::GpuMemoryUtilization(share),
         ] = found.remedies[..]
         else {

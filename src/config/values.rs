@@ -218,8 +218,21 @@ pub enum KvDType {
     /// Half the memory.
     #[default]
     Bf16,
-    /// Exact.
+    /// Exact. On a CPU only.
     F32,
+    /// A quarter: a byte a number, a scale a head. On a GPU only.
+    Fp8,
+}
+
+impl KvDType {
+    /// As it is written in settings.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 /// Where the model runs.

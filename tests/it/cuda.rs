@@ -500,8 +500,13 @@ fn matmul_with_a_zero_extension_input_is_bit_equal_to_no_extension() {
 
 // ------------------------------------------------------------------------------------------- rope_kv_write and attention
 
-fn attention_case(random: &mut Random, heads: Heads, lengths: &[usize]) -> AttentionCase {
-    let mut case = AttentionCase::new(random, heads, KvFormat::BF16, lengths);
+fn attention_case(
+    random: &mut Random,
+    heads: Heads,
+    format: KvFormat,
+    lengths: &[usize],
+) -> AttentionCase {
+    let mut case = AttentionCase::new(random, heads, format, lengths);
     case.qkv.iter_mut().for_each(|qkv| round(qkv));
     case
 }
@@ -527,8 +532,10 @@ fn attention_matches_the_reference_for_all_heads() {
             // Every size and every ratio, not each with each: emulated threads cost.
             let (query, kv) = ratios[(i + 2 * at) % ratios.len()];
             let heads = Heads { query, kv, size };
-            let case = attention_case(random, heads, &[1, 17, 40]);
-            check_attention(&case, cuda, random);
+            for format in [KvFormat::BF16, KvFormat::FP8] {
+                let case = attention_case(random, heads, format, &[1, 17, 40]);
+                check_attention(&case, cuda, random);
+            }
         }
     }
 }
@@ -542,8 +549,12 @@ fn attention_crosses_blocks_tiles_and_splits_without_a_seam() {
         size: 16,
     };
     for (_, cuda) in &mut backends() {
-        for lengths in [&[15, 16, 255][..], &[257, 3], &[530, 64, 65]] {
-            let case = attention_case(random, heads, lengths);
+        for (i, lengths) in [&[15, 16, 255][..], &[257, 3], &[530, 64, 65], &[257, 33]]
+            .into_iter()
+            .enumerate()
+        {
+            let format = [KvFormat::BF16, KvFormat::FP8][i % 2];
+            let case = attention_case(random, heads, format, lengths);
             check_attention(&case, cuda, random);
         }
     }
@@ -566,10 +577,17 @@ fn attention_gives_a_row_the_same_bits_in_any_batch_and_order() {
         size: 16,
     };
     let lengths = [300, 18, 257];
-    let case = attention_case(random, heads, &lengths);
+    for format in [KvFormat::BF16, KvFormat::FP8] {
+        let case = attention_case(random, heads, format, &lengths);
+        check_any_batch(&case, &lengths);
+    }
+}
+
+fn check_any_batch(case: &AttentionCase, lengths: &[usize]) {
+    let heads = case.heads;
     let width = heads.query * heads.size;
     let run = |cuda: &mut Cuda<TestDriver>, which: &[usize]| {
-        let results = case.run(cuda, &last_rows(&lengths, which), false);
+        let results = case.run(cuda, &last_rows(lengths, which), false);
         let last = |i: &usize| bits(&results[*i][(lengths[*i] - 1) * width..]);
         which.iter().map(last).collect::<Vec<_>>()
     };

@@ -10,7 +10,8 @@ use midpo::backend::cpu::{Cpu, CpuOptions, Isa};
 use midpo::backend::ops::{self, ExpertShape, Heads};
 use midpo::backend::reference::Reference;
 use midpo::backend::{
-    Backend, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, StepSequence, WeightFormat,
+    Backend, BackendError, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, StepSequence,
+    WeightFormat,
 };
 use midpo::dtype::{BlockType, DType};
 use midpo::types::{BLOCK_TOKENS, BlockId, GateOverride, GateRule, TokenId, Variant};
@@ -656,6 +657,10 @@ impl AttentionCase {
     }
 
     fn cache<B: Backend>(&self, backend: &B) -> B::KvCache {
+        self.try_cache(backend).unwrap()
+    }
+
+    fn try_cache<B: Backend>(&self, backend: &B) -> Result<B::KvCache, BackendError> {
         let shape = KvShape {
             layers: 2,
             blocks: 512,
@@ -663,7 +668,7 @@ impl AttentionCase {
             head_size: self.heads.size,
             format: self.format,
         };
-        backend.kv_cache(shape).unwrap()
+        backend.kv_cache(shape)
     }
 
     /// Runs the steps in order; returns (positions, query width) of each sequence. `poisoned`: in a cache full of NaN.
@@ -798,7 +803,7 @@ fn check_attention(case: &AttentionCase, cpus: &mut [Vec<Cpu>], random: &mut Ran
     let want = case.run(&mut Reference, &case.whole(), false).concat();
     let tolerance = match case.format {
         KvFormat::F32 => ops::ATTENTION.tolerance.f32,
-        KvFormat::BF16 => ops::ATTENTION.tolerance.bf16,
+        KvFormat::BF16 | KvFormat::FP8 => ops::ATTENTION.tolerance.bf16,
     };
     for set in cpus {
         let whole = case.run(&mut set[0], &case.whole(), false).concat();
@@ -827,6 +832,39 @@ fn attention_matches_the_reference_and_chunks_match_the_whole_for_all_heads() {
             }
         }
     }
+}
+
+/// The first row sees itself alone: it gives back v as the cache keeps it.
+#[test]
+fn eight_bits_of_k_and_v_are_within_a_sixteenth_of_each_number() {
+    let heads = Heads {
+        query: 3,
+        kv: 3,
+        size: 40,
+    };
+    let mut case = AttentionCase::new(&mut Random(16), heads, KvFormat::FP8, &[1]);
+    // A head of nothing, and one of numbers far below its largest.
+    let v = &mut case.qkv[0][2 * 3 * 40..];
+    v[..40].fill(0.0);
+    v[41..80].iter_mut().for_each(|x| *x *= 1e-3);
+    let v = v.to_vec();
+    let got = case.run(&mut Reference, &case.whole(), false).concat();
+    for (head, (got, v)) in got.chunks_exact(40).zip(v.chunks_exact(40)).enumerate() {
+        let scale = v.iter().fold(0.0f32, |most, x| most.max(x.abs())) / 448.0;
+        for (got, v) in got.iter().zip(v) {
+            let bound = (v.abs() / 16.0).max(scale / 1024.0) * 1.000_01;
+            assert!((got - v).abs() <= bound, "head {head}: {got} for {v}");
+        }
+    }
+    let refused = match Cpu::new(CpuOptions::default()) {
+        Ok(cpu) => case.try_cache(&cpu).err(),
+        Err(error) => panic!("{error}"),
+    };
+    let message = refused.unwrap().to_string();
+    assert!(
+        message.contains("format") && message.contains("FP8"),
+        "{message}"
+    );
 }
 
 #[test]

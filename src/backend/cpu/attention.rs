@@ -34,6 +34,16 @@ enum Numbers {
     BF16(Memory<u16>),
 }
 
+/// FP8 is a GPU's: here each number would have to be taken apart by hand.
+pub(super) fn refused(format: KvFormat) -> BackendError {
+    BackendError::Contract {
+        op: "kv_cache",
+        operand: "format",
+        expected: "BF16 or F32: a CPU keeps K and V in two or four bytes".to_owned(),
+        found: format!("{format:?}"),
+    }
+}
+
 impl KvMemory {
     /// Zeroed, so that what is never written is finite.
     pub fn new(arena: &mut Arena, shape: KvShape) -> Result<Self, BackendError> {
@@ -53,6 +63,7 @@ impl KvMemory {
         let numbers = match shape.format {
             KvFormat::F32 => Numbers::F32(arena.zeroed(what, len)?),
             KvFormat::BF16 => Numbers::BF16(arena.zeroed(what, len)?),
+            KvFormat::FP8 => return Err(refused(shape.format)),
         };
         Ok(Self { shape, numbers })
     }

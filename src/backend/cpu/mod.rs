@@ -33,8 +33,8 @@ use super::ops::{
     SiluMulExpertMix, bind_read, bind_write,
 };
 use super::{
-    Backend, BackendError, HostMatrix, HostStep, KvShape, Matrix, Shaped, StepLayout, StepLimits,
-    WeightFormat, Workload,
+    Backend, BackendError, HostMatrix, HostStep, KvFormat, KvShape, Matrix, Shaped, StepLayout,
+    StepLimits, WeightFormat, Workload,
 };
 use gemm::{FEW_ROWS, Multiply, Product};
 use memory::{Arena, Memory, occupied};
@@ -314,6 +314,13 @@ impl Backend for Cpu {
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvMemory, BackendError> {
         KvMemory::new(&mut self.arena.borrow_mut(), shape)
+    }
+
+    fn kv_block_bytes(&self, shape: KvShape) -> Result<usize, BackendError> {
+        match shape.format {
+            KvFormat::BF16 | KvFormat::F32 => Ok(shape.block_bytes()),
+            format @ KvFormat::FP8 => Err(attention::refused(format)),
+        }
     }
 
     fn reserve(&mut self, work: &Workload) -> Result<(), BackendError> {

@@ -6,13 +6,16 @@ use super::tiles::{
     DECODE_HEADS, DECODE_SPLIT, DECODE_WARPS, HEAD_SIZE_MAX, KV_BLOCK, MERGE_WARPS,
     PREFILL_POSITIONS, PREFILL_ROWS, PREFILL_THREADS, WARP,
 };
-use super::{Arg, Attention, BackendError, Cuda, StepLimits, bind_heads, int};
+use super::{Arg, Attention, BackendError, Cuda, KvFormat, StepLimits, bind_heads, int};
 
 /// Kernels for heads of up to so many numbers.
 struct Instance {
     size: usize,
     decode: Kernel,
     prefill: Kernel,
+    /// With K and V of eight bits.
+    decode_fp8: Kernel,
+    prefill_fp8: Kernel,
 }
 
 macro_rules! instance {
@@ -21,6 +24,8 @@ macro_rules! instance {
             size: $size,
             decode: kernel!("attention_decode_", $size),
             prefill: kernel!("attention_prefill_", $size),
+            decode_fp8: kernel!("attention_decode_fp8_", $size),
+            prefill_fp8: kernel!("attention_prefill_fp8_", $size),
         }
     };
 }
@@ -40,6 +45,20 @@ impl Instance {
     fn of(size: usize) -> &'static Self {
         let fits = |instance: &&Self| size <= instance.size;
         INSTANCES.iter().find(fits).unwrap_or(&INSTANCES[5])
+    }
+
+    fn decode(&self, format: KvFormat) -> Kernel {
+        match format {
+            KvFormat::FP8 => self.decode_fp8,
+            KvFormat::BF16 | KvFormat::F32 => self.decode,
+        }
+    }
+
+    fn prefill(&self, format: KvFormat) -> Kernel {
+        match format {
+            KvFormat::FP8 => self.prefill_fp8,
+            KvFormat::BF16 | KvFormat::F32 => self.prefill,
+        }
     }
 
     /// Bytes of a row in shared memory: attention.cuh, HEAD_PITCH.
@@ -132,7 +151,12 @@ fn decode<D: Driver>(
         [rows.count, heads.kv * head_tiles, splits],
         DECODE_WARPS * WARP,
     );
-    cuda.launch(instance.decode, grid, tiles * instance.pitch(), &list)?;
+    cuda.launch(
+        instance.decode(args.cache.shape().format),
+        grid,
+        tiles * instance.pitch(),
+        &list,
+    )?;
     if splits == 1 {
         return Ok(());
     }
@@ -176,5 +200,10 @@ fn prefill<D: Driver>(
     let list: [Arg; 13] = both(list, operands(cuda, args)?);
     let rows = PREFILL_ROWS + 4 * PREFILL_POSITIONS;
     let grid = ([tiles.count, heads.kv, 1], PREFILL_THREADS);
-    cuda.launch(instance.prefill, grid, rows * instance.pitch(), &list)
+    cuda.launch(
+        instance.prefill(args.cache.shape().format),
+        grid,
+        rows * instance.pitch(),
+        &list,
+    )
 }

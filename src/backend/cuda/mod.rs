@@ -149,11 +149,11 @@ fn bind_weight_format(format: WeightFormat) -> Result<(), BackendError> {
 }
 
 fn bind_kv_format(shape: KvShape) -> Result<(), BackendError> {
-    if shape.format == KvFormat::BF16 {
+    if matches!(shape.format, KvFormat::BF16 | KvFormat::FP8) {
         return Ok(());
     }
     let found = format!("{:?}", shape.format);
-    let expected = "BF16: a GPU keeps K and V in two bytes";
+    let expected = "BF16 or FP8: a GPU keeps K and V in two bytes or one";
     Err(unsupported("kv_cache", "format", expected, found))
 }
 
@@ -360,10 +360,16 @@ impl<D: Driver> Backend for Cuda<D> {
         let (driver, host, heads) = (&self.driver, args.step.host(), args.heads);
         args.bind(host, args.cache.shape())?;
         bind_heads("rope_kv_write", heads)?;
-        let packs = (heads.query + 2 * heads.kv) * (heads.size / 8);
-        if host.rows() == 0 || packs == 0 {
+        let all = heads.query + 2 * heads.kv;
+        if host.rows() == 0 || all * heads.size == 0 {
             return Ok(());
         }
+        // All threads of a head are in one block.
+        let blocks = all.div_ceil(ROPE_THREADS / (heads.size / 8));
+        let kernel = match args.cache.shape().format {
+            KvFormat::FP8 => kernel!("rope_kv_write_fp8"),
+            KvFormat::BF16 | KvFormat::F32 => kernel!("rope_kv_write"),
+        };
         let (k, v) = args.cache.layer(driver, args.layer);
         let list = [
             Arg::Pointer(args.qkv.activations(driver, "rope_kv_write", "qkv")?),
@@ -377,8 +383,8 @@ impl<D: Driver> Backend for Cuda<D> {
             int(heads.size),
             int(args.qkv.stride()),
         ];
-        let grid = ([host.rows(), packs.div_ceil(ROPE_THREADS), 1], ROPE_THREADS);
-        self.launch(kernel!("rope_kv_write"), grid, 0, &list)
+        let grid = ([host.rows(), blocks, 1], ROPE_THREADS);
+        self.launch(kernel, grid, 0, &list)
     }
 
     fn attention(&mut self, args: Attention<'_, Self>) -> Result<(), BackendError> {
