@@ -14,8 +14,8 @@ use super::int8;
 use super::pack::PackedMatrix;
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, load_some, silu, store_some};
-use crate::backend::ops::{ExpertShape, INT8_BLOCK};
-use crate::backend::{HostSequence, HostStep, Matrix};
+use crate::backend::ops::{ExpertShape, INT8_BLOCK, bind_parts};
+use crate::backend::{BackendError, HostMatrix, HostSequence, HostStep, Matrix};
 
 /// Inputs in a split: a multiple of every format's unit.
 pub const SPLIT: usize = 256;
@@ -94,15 +94,15 @@ impl Kernel for Mix<'_> {
         match job {
             Job::Rows(rows) => context.rows(simd, rows, scratch, widened),
             Job::Split(rows, split, parts) => {
-                context.silu_mul(simd, &rows, split);
                 let Some((e, _)) = context.experts else {
-                    return;
+                    return context.silu_mul(simd, &rows, split, None);
                 };
                 let stride = context.splits() * e.outputs();
                 let y = parts
                     .as_ptr()
                     .wrapping_add(rows.start * stride + split * e.outputs());
                 assert!(rows.end * stride <= parts.len());
+                context.silu_mul(simd, &rows, split, Some((e, y, stride)));
                 context.multiply(simd, e, &rows, split, (y, stride), widened);
             }
             Job::Finish(rows, parts) => context.finish_parts(simd, rows, parts, scratch),
@@ -110,9 +110,37 @@ impl Kernel for Mix<'_> {
     }
 }
 
+/// The rows of both gates (2, m).
+pub fn rows_of(gates: HostMatrix<'_>) -> Result<[HostMatrix<'_>; 2], BackendError> {
+    bind_parts(&[gates], None)?;
+    if gates.rows != 2 {
+        return Err(BackendError::Contract {
+            op: "experts",
+            operand: "gates",
+            expected: "2 rows".to_owned(),
+            found: format!("{} rows", gates.rows),
+        });
+    }
+    let (a, b) = gates.bytes.split_at(gates.bytes.len() / 2);
+    let row = |bytes| HostMatrix {
+        rows: 1,
+        bytes,
+        ..gates
+    };
+    Ok([row(a), row(b)])
+}
+
 /// Splits of `m` inputs.
 pub fn splits(m: usize) -> usize {
     m.div_ceil(SPLIT)
+}
+
+/// z += part, without a closure: what calls one is compiled without the kernel's instructions.
+#[inline(always)]
+fn add(z: &mut [f32], part: &[f32]) {
+    for (z, part) in z.iter_mut().zip(part) {
+        *z += part;
+    }
 }
 
 impl Context<'_> {
@@ -136,8 +164,8 @@ impl Context<'_> {
         for first in rows.clone().step_by(ROWS) {
             let rows = first..rows.end.min(first + ROWS);
             for split in 0..self.splits() {
-                self.silu_mul(simd, &rows, split);
                 let Some((e, _)) = self.experts else {
+                    self.silu_mul(simd, &rows, split, None);
                     continue;
                 };
                 let outputs = e.outputs();
@@ -146,14 +174,11 @@ impl Context<'_> {
                 } else {
                     &mut scratch.part
                 };
-                self.multiply(simd, e, &rows, split, (part.as_mut_ptr(), outputs), widened);
+                let y = part.as_mut_ptr();
+                self.silu_mul(simd, &rows, split, Some((e, y, outputs)));
+                self.multiply(simd, e, &rows, split, (y, outputs), widened);
                 if split > 0 {
-                    let part = &scratch.part[..rows.len() * outputs];
-                    scratch
-                        .z
-                        .iter_mut()
-                        .zip(part)
-                        .for_each(|(z, part)| *z += part);
+                    add(&mut scratch.z, &scratch.part[..rows.len() * outputs]);
                 }
             }
             if let Some((e, shape)) = self.experts {
@@ -164,11 +189,22 @@ impl Context<'_> {
         }
     }
 
-    /// h of one split of some rows.
+    /// h of one split of some rows, and what the gates' rows of E (rows of parts `stride` apart from y on) make of it while it is in registers.
     #[inline(always)]
-    fn silu_mul<S: Simd>(&self, simd: S, rows: &Range<usize>, split: usize) {
+    fn silu_mul<S: Simd>(
+        &self,
+        simd: S,
+        rows: &Range<usize>,
+        split: usize,
+        e: Option<(&PackedMatrix, *mut f32, usize)>,
+    ) {
         let inputs = self.inputs(split);
+        let gates = e.and_then(|(e, y, stride)| {
+            let [a, b] = e.last_rows()?;
+            Some(([&a[inputs.clone()], &b[inputs.clone()]], y, stride))
+        });
         for row in rows.clone() {
+            let mut dots = [simd.splat(0.0); 2];
             let (gate, up) = self.gate_up[row * 2 * self.m..][..2 * self.m].split_at(self.m);
             // SAFETY: each split of each row is one chunk's.
             let h = unsafe {
@@ -178,12 +214,25 @@ impl Context<'_> {
             let (gate, up) = (&gate[inputs.clone()], &up[inputs.clone()]);
             for at in (0..h.len()).step_by(LANES) {
                 let lanes = LANES.min(h.len() - at);
-                // SAFETY: all three are as long as the split.
+                // SAFETY: all are as long as the split.
                 unsafe {
                     let gate = load_some(simd, gate.as_ptr().add(at), lanes);
                     let up = load_some(simd, up.as_ptr().add(at), lanes);
                     let product = simd.mul(silu(simd, gate), up);
                     store_some(simd, h.as_mut_ptr().add(at), lanes, product);
+                    if let Some((rows, ..)) = gates {
+                        for gate in 0..2 {
+                            let weights = load_some(simd, rows[gate].as_ptr().add(at), lanes);
+                            dots[gate] = simd.fma(product, weights, dots[gate]);
+                        }
+                    }
+                }
+            }
+            if let (Some((_, y, stride)), Some((_, shape))) = (gates, self.experts) {
+                let to = y.wrapping_add((row - rows.start) * stride + shape.width());
+                for (gate, dot) in dots.into_iter().enumerate() {
+                    // SAFETY: y has room for the rows' outputs of E (`bind`: the width and both gates), for this chunk alone.
+                    unsafe { *to.add(gate) = super::simd::sum(simd, dot) };
                 }
             }
             self.quantise(simd, row, inputs.start, h);
@@ -213,7 +262,8 @@ impl Context<'_> {
         let x = self.hu.as_ptr().wrapping_add(rows.start * self.hu_width);
         let product = Product {
             matrix: e,
-            panels: 0..e.panels().len(),
+            // The last two were met as h was made.
+            panels: 0..e.panels().len() - if e.last_rows().is_some() { 2 } else { 0 },
             inputs: self.inputs(split),
             extension: false,
             rows: 0..rows.len(),
@@ -247,7 +297,7 @@ impl Context<'_> {
             for (split, part) in parts.chunks_exact(outputs).enumerate() {
                 match split {
                     0 => z.copy_from_slice(part),
-                    _ => z.iter_mut().zip(part).for_each(|(z, part)| *z += part),
+                    _ => add(z, part),
                 }
             }
             self.finish(simd, row, z, &shape);

@@ -276,6 +276,25 @@ impl Backend for Cpu {
         PackedMatrix::pack(&self.pool, &mut arena, parts, extension, format)
     }
 
+    /// The gates' rows apart, so that each lies as it came ([`experts`]).
+    fn experts(
+        &self,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+    ) -> Result<PackedMatrix, BackendError> {
+        let [a, b] = experts::rows_of(gates)?;
+        self.matrix(&[lora_a, a, b], None, WeightFormat::Stored)
+    }
+
+    fn experts_bytes(
+        &self,
+        lora_a: HostMatrix<'_>,
+        gates: HostMatrix<'_>,
+    ) -> Result<usize, BackendError> {
+        let [a, b] = experts::rows_of(gates)?;
+        self.matrix_bytes(&[lora_a, a, b], None, WeightFormat::Stored)
+    }
+
     fn matrix_bytes(
         &self,
         parts: &[HostMatrix<'_>],

@@ -258,6 +258,22 @@ impl PackedMatrix {
         0
     }
 
+    /// The last two outputs' weights, if each is a part of its own in f32: one behind the other as they came, which the gates of E are.
+    #[inline(always)]
+    pub fn last_rows(&self) -> Option<[&[f32]; 2]> {
+        let panels = self.panels.last_chunk::<2>()?;
+        if panels
+            .iter()
+            .any(|panel| panel.lanes != 1 || panel.format != Format::F32)
+        {
+            return None;
+        }
+        // SAFETY: a panel of f32 holds as many as there are inputs for each lane, on a cache line.
+        Some(panels.each_ref().map(|panel| unsafe {
+            std::slice::from_raw_parts(self.weights(panel).cast(), self.inputs)
+        }))
+    }
+
     /// All panels, in order of their outputs.
     pub fn panels(&self) -> &[Panel] {
         &self.panels
