@@ -147,6 +147,10 @@ impl KvShape {
     }
 }
 
+/// Asks a backend for all ops of a step of so many rows.
+pub type RecordedPass<'a, B> =
+    dyn FnMut(&mut B, &<B as Backend>::Step, usize) -> Result<(), BackendError> + 'a;
+
 /// A device that holds weights and buffers and runs the ops of [`ops`].
 ///
 /// Every op writes into buffers made beforehand: a step allocates nothing. What each of them takes is arithmetic, so that a device's
@@ -253,6 +257,30 @@ pub trait Backend: Sized + Send + 'static {
     /// Checks `layout` against the limits of `step` and makes it the current one.
     fn load_step(&self, layout: &StepLayout<'_>, step: &mut Self::Step)
     -> Result<(), BackendError>;
+
+    /// Records what `pass(backend, step, rows)` asks for, where steps are replayed faster than they are asked for: all ops of a step of
+    /// so many rows with logits of each. [`Self::replay`] then does steps in which every sequence has one row. The buffers that `pass`
+    /// gives to ops must live as long as `step` is loaded with steps. Returns how many shapes were recorded: none where a device has no use for it.
+    ///
+    /// # Errors
+    /// Those of `pass`. A device that refuses to record is no error.
+    fn record(
+        &mut self,
+        step: &mut Self::Step,
+        pass: &mut RecordedPass<'_, Self>,
+    ) -> Result<usize, BackendError> {
+        let _ = (step, pass);
+        Ok(0)
+    }
+
+    /// Does all ops of the loaded step, as they were recorded. `false`: none of the recordings fits it; ask for each.
+    ///
+    /// # Errors
+    /// The device.
+    fn replay(&mut self, step: &Self::Step) -> Result<bool, BackendError> {
+        let _ = step;
+        Ok(false)
+    }
 
     /// [`ops::EMBED`].
     fn embed(&mut self, args: ops::Embed<'_, Self>) -> Result<(), BackendError>;

@@ -65,6 +65,8 @@ pub struct Workload {
     pub limits: StepLimits,
     /// Heads of attention.
     pub heads: Heads,
+    /// L.
+    pub layers: usize,
     /// m.
     pub mlp_width: usize,
     /// w; 0 without experts.
@@ -246,6 +248,22 @@ impl HostStep {
                 .extend_from_slice(&sequence.block_table[..blocks]);
             first_row += sequence.rows;
         }
+        Ok(())
+    }
+
+    /// Becomes a step of `rows` rows that belong to no sequence, with logits wanted of each: a shape without content.
+    ///
+    /// # Errors
+    /// More than the limits have.
+    pub(super) fn pad(&mut self, rows: usize) -> Result<(), BackendError> {
+        at_most("tokens", self.limits.rows, rows)?;
+        at_most("logit_rows", self.limits.logit_rows, rows)?;
+        self.tokens.clear();
+        self.tokens.resize(rows, TokenId(0));
+        self.logit_rows.clear();
+        self.logit_rows.extend(0..rows);
+        self.sequences.clear();
+        self.blocks.clear();
         Ok(())
     }
 

@@ -237,7 +237,11 @@ pub(super) fn run(
         args,
     };
     let choice = engine::device_choice(args.device);
-    backend::open_each(choice, cpu, CudaOptions::default(), measuring)
+    let cuda = CudaOptions {
+        graphs: true,
+        ..CudaOptions::default()
+    };
+    backend::open_each(choice, cpu, cuda, measuring)
         .map_err(|error| engine::no_device(args.device, error))?
 }
 
@@ -473,6 +477,25 @@ impl<B: Backend> Bench<B> {
         let middle = at as f64 + (steps - 1) as f64 / 2.0;
         let works = self.costs.map(|cost| cost.decode(batch, middle));
         self.record("decode", (batch, at), works, &pairs);
+        self.graphs(batch, &group)
+    }
+
+    /// Steps that the device has recorded against the same steps kernel by kernel.
+    fn graphs(&mut self, batch: usize, group: &Group) -> Result<(), BackendError> {
+        if self.routed.recorded() == 0 {
+            return Ok(());
+        }
+        let (at, steps) = (self.plan.decode_context, self.plan.steps);
+        let mut turn = |bench: &mut Self| -> Result<Pair, BackendError> {
+            bench.routed.set_replays(false);
+            let launched = bench.routed.decode(group, at, steps);
+            bench.routed.set_replays(true);
+            let replayed = bench.routed.decode(group, at, steps)?;
+            Ok((per(launched?, steps), per(replayed, steps)))
+        };
+        let pairs = self.turns(&mut turn)?;
+        let what = "kernel by kernel / CUDA graphs, decode";
+        self.ratios.push(ratio(what, batch, &pairs));
         Ok(())
     }
 

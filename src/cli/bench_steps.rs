@@ -54,6 +54,16 @@ impl<B: Backend> Steps<B> {
         }
     }
 
+    /// Shapes of steps that the device replays.
+    pub(super) fn recorded(&self) -> usize {
+        self.model.recorded()
+    }
+
+    /// As [`RoutedLlama::set_replays`].
+    pub(super) fn set_replays(&mut self, replays: bool) {
+        self.model.set_replays(replays);
+    }
+
     /// Computes positions `from..to` of every sequence of `group`, as many rows a step as fit. Returns the time in forward passes.
     pub(super) fn prefill(
         &mut self,

@@ -77,6 +77,7 @@ fn on_device<U: UseBackend>(runtime: &RuntimeConfig, user: U) -> Result<U::Outpu
     };
     let cuda = CudaOptions {
         deterministic: runtime.deterministic,
+        graphs: runtime.cuda_graphs,
         ..CudaOptions::default()
     };
     backend::open(choice, cpu, cuda, user).map_err(|error| no_device(runtime.device, error))
@@ -125,7 +126,7 @@ impl<L: FnOnce() -> Result<Checkpoint, CliError>> UseBackend for Start<'_, L> {
         let (config, budget) = lay_out(&backend, memory, &checkpoint, runtime)?;
         let options = model_options(&config, formats.kv, formats.weights);
         let routed = RoutedLlama::new(backend, &checkpoint, options)?;
-        say_what_is_loaded(&checkpoint, &config, &budget, self.began);
+        say_what_is_loaded(&checkpoint, &config, &budget, routed.recorded(), self.began);
         drop(checkpoint);
         let spawned = Engine::spawn(routed, &config, self.metrics);
         let (handle, thread) = spawned.map_err(CliError::io("the engine's thread"))?;
@@ -306,11 +307,13 @@ fn say_what_is_loaded(
     checkpoint: &Checkpoint,
     config: &EngineConfig,
     budget: &Budget,
+    recorded_steps: usize,
     began: Instant,
 ) {
     tracing::info!(
         layers = checkpoint.config.num_layers,
         experts = checkpoint.experts.is_some(),
+        recorded_steps,
         context_tokens = config.context_tokens_max,
         load_seconds = began.elapsed().as_secs_f32(),
         fingerprint = checkpoint.fingerprint,

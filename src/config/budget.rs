@@ -379,6 +379,7 @@ mod tests {
             kv_budget: KvBudget::Auto,
             gpu_memory_utilization: 0.9,
             deterministic: false,
+            cuda_graphs: true,
             batch_tokens_max: 512,
             step_time_max: Duration::from_millis(200),
             sequences_max: 64,

@@ -166,6 +166,11 @@ pub struct EngineOptions {
     #[arg(long, env = "MIDPO_DETERMINISTIC", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
         require_equals = true, default_value_t = false, default_missing_value = "true")]
     pub deterministic: bool,
+    /// On a GPU, start every kernel of a decode step by itself instead of replaying recorded CUDA graphs: for finding faults, and for
+    /// the memory that recordings take.
+    #[arg(long, env = "MIDPO_NO_CUDA_GRAPHS", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
+        require_equals = true, default_value_t = false, default_missing_value = "true")]
+    pub no_cuda_graphs: bool,
     /// Most tokens computed in one step, prefill and decode together. More is faster overall and slower to the next token.
     #[arg(
         long,

@@ -56,6 +56,8 @@ pub struct RuntimeConfig {
     pub gpu_memory_utilization: f64,
     /// On a GPU, products whose bits do not depend on the batch.
     pub deterministic: bool,
+    /// On a GPU, recorded decode steps.
+    pub cuda_graphs: bool,
     /// Most tokens in a step.
     pub batch_tokens_max: usize,
     /// Longest step that decodes.
@@ -201,6 +203,7 @@ impl EngineOptions {
             kv_budget,
             gpu_memory_utilization: share("gpu_memory_utilization", self.gpu_memory_utilization)?,
             deterministic: self.deterministic,
+            cuda_graphs: !self.no_cuda_graphs,
             batch_tokens_max: within("batch_tokens_max", self.batch_tokens_max, 1, 1 << 16)?
                 as usize,
             step_time_max: time("step_time_max", self.step_time_max)?,

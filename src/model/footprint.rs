@@ -213,6 +213,7 @@ pub(super) fn workload(checkpoint: &Checkpoint, options: &ModelOptions) -> Workl
     let config = &checkpoint.config;
     Workload {
         limits: limits(config, options),
+        layers: config.num_layers,
         heads: heads(config),
         mlp_width: config.intermediate_size,
         expert_width: expert_width(checkpoint),

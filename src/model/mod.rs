@@ -4,6 +4,7 @@
 mod error;
 mod footprint;
 mod layer;
+mod pass;
 mod weights;
 
 pub use error::ModelError;
@@ -11,11 +12,12 @@ pub use footprint::{kv_block_bytes, weight_bytes, workspace_bytes};
 
 use crate::backend::{
     Backend, BackendError, KvFormat, KvShape, SampleRow, Sampled, StepLayout, StepLimits,
-    WeightFormat, ops,
+    WeightFormat,
 };
 use crate::checkpoint::{Checkpoint, LlamaConfig, rope_table};
 use crate::types::TokenId;
 use layer::Activations;
+use pass::Pass;
 use weights::Weights;
 
 /// How a model is laid out in memory.
@@ -60,6 +62,8 @@ pub struct RoutedLlama<B: Backend> {
     limits: StepLimits,
     routed: bool,
     fingerprint: String,
+    recorded: usize,
+    replays: bool,
 }
 
 impl<B: Backend> RoutedLlama<B> {
@@ -80,7 +84,7 @@ impl<B: Backend> RoutedLlama<B> {
         backend.write(&mut rope, &rope_table(&config, options.positions))?;
         backend.reserve(&footprint::workload(checkpoint, &options))?;
         let width = footprint::expert_width(checkpoint);
-        Ok(Self {
+        let mut model = Self {
             cache: backend.kv_cache(kv_shape)?,
             step: backend.step(limits)?,
             activations: Activations::new(&backend, &config, &options, width)?,
@@ -90,9 +94,13 @@ impl<B: Backend> RoutedLlama<B> {
             limits,
             routed: checkpoint.experts.is_some(),
             fingerprint: checkpoint.fingerprint.clone(),
+            recorded: 0,
+            replays: true,
             config,
             backend,
-        })
+        };
+        model.record()?;
+        Ok(model)
     }
 
     /// Runs one ragged batch: writes K and V of its rows, returns the logits of its `logit_rows` and the gates of all rows.
@@ -147,52 +155,42 @@ impl<B: Backend> RoutedLlama<B> {
 
     /// Runs one ragged batch up to its logits.
     fn compute(&mut self, layout: &StepLayout<'_>) -> Result<(), BackendError> {
-        let Self {
-            backend,
-            weights,
-            rope,
-            cache,
-            step,
-            activations: act,
-            config,
-            ..
-        } = self;
-        backend.load_step(layout, step)?;
-        let (rows, logit_rows) = (layout.tokens.len(), layout.logit_rows.len());
-        backend.embed(ops::Embed {
-            step,
-            table: &weights.embed,
-            x: &mut act.x,
-        })?;
-        for (index, layer) in weights.layers.iter().enumerate() {
-            let place = layer::Place {
-                index,
-                rows,
-                config,
-                rope,
-            };
-            layer::forward(backend, layer, &place, step, cache, act)?;
+        self.backend.load_step(layout, &mut self.step)?;
+        if self.replays && self.backend.replay(&self.step)? {
+            return Ok(());
         }
-        backend.gather_rows(ops::GatherRows {
-            step,
-            x: &act.x,
-            y: &mut act.head_x,
-        })?;
-        backend.rms_norm(ops::RmsNorm {
-            n: logit_rows,
-            x: &act.head_x,
-            weight: &weights.norm,
-            eps: config.rms_norm_eps,
-            y: &mut act.head_normed,
-        })?;
-        let head = weights.head.as_ref().unwrap_or(&weights.embed);
-        backend.matmul(ops::MatMul {
-            n: logit_rows,
-            x: &act.head_normed,
-            w: head,
-            y: &mut act.logits,
-            add: false,
-        })
+        let rows = (layout.tokens.len(), layout.logit_rows.len());
+        let (mut pass, backend, step) = self.pass();
+        pass.run(backend, step, rows)
+    }
+
+    /// Has the backend record the steps that it replays.
+    fn record(&mut self) -> Result<(), BackendError> {
+        let (mut pass, backend, step) = self.pass();
+        let mut run = |backend: &mut B, step: &B::Step, rows| pass.run(backend, step, (rows, rows));
+        self.recorded = backend.record(step, &mut run)?;
+        Ok(())
+    }
+
+    fn pass(&mut self) -> (Pass<'_, B>, &mut B, &mut B::Step) {
+        let pass = Pass {
+            weights: &self.weights,
+            rope: &self.rope,
+            cache: &mut self.cache,
+            activations: &mut self.activations,
+            config: &self.config,
+        };
+        (pass, &mut self.backend, &mut self.step)
+    }
+
+    /// Shapes of decode steps that the backend has recorded.
+    pub fn recorded(&self) -> usize {
+        self.recorded
+    }
+
+    /// Whether steps that fit a recording are replayed, which is the default, or all are asked for op by op.
+    pub fn set_replays(&mut self, replays: bool) {
+        self.replays = replays;
     }
 
     /// L.

@@ -10,6 +10,7 @@
 #![allow(unsafe_code)]
 
 mod engine;
+mod graphs;
 mod host;
 mod memory;
 mod sample;
@@ -25,6 +26,8 @@ use midpo::backend::{BackendError, KvFormat, WeightFormat};
 use midpo::dtype::DType;
 use midpo::types::{TokenId, Variant};
 
+use graphs::{Recorder, Recording};
+
 use super::ops::{
     AttentionCase, MatMulCase, MixCase, Random, Step, Weights, assert_close, assert_same_bits,
     check_contracts, check_steps, columns, embed, gather_rows, rms_norm,
@@ -33,10 +36,31 @@ use super::ops::{
 /// The emulator as a device, or a device.
 pub(crate) enum TestDriver {
     /// `kernels/emu`, with threads in this order.
-    Emulated(Schedule),
+    Emulated(Schedule, Recorder),
     /// A GPU.
     #[cfg(feature = "cuda")]
     Gpu(Device),
+}
+
+/// A recording of a [`TestDriver`].
+pub(crate) enum TestGraph {
+    Emulated(Recording),
+    #[cfg(feature = "cuda")]
+    Gpu(<Device as Driver>::Graph),
+}
+
+impl TestDriver {
+    pub(crate) fn emulated(schedule: Schedule) -> Self {
+        Self::Emulated(schedule, Recorder::default())
+    }
+
+    fn refuse_while_recording(&self) {
+        match self {
+            Self::Emulated(_, recorder) => recorder.refuse_else(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => {}
+        }
+    }
 }
 
 /// Memory of a [`TestDriver`].
@@ -75,11 +99,12 @@ impl TestMemory {
 
 impl Driver for TestDriver {
     type Memory = TestMemory;
+    type Graph = TestGraph;
 
     fn shape(&self) -> DeviceShape {
         match self {
             // Few and odd, so that blocks share tiles and take several; shared memory of Hopper.
-            Self::Emulated(_) => DeviceShape {
+            Self::Emulated(..) => DeviceShape {
                 multiprocessors: 5,
                 shared_bytes: 227 << 10,
             },
@@ -91,7 +116,10 @@ impl Driver for TestDriver {
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     fn allocate(&self, what: &str, bytes: usize) -> Result<TestMemory, BackendError> {
         match self {
-            Self::Emulated(_) => Ok(TestMemory::Emulated(Memory::new(bytes))),
+            Self::Emulated(..) => {
+                self.refuse_while_recording();
+                Ok(TestMemory::Emulated(Memory::new(bytes)))
+            }
             #[cfg(feature = "cuda")]
             Self::Gpu(gpu) => gpu.allocate(what, bytes).map(TestMemory::Gpu),
         }
@@ -99,7 +127,7 @@ impl Driver for TestDriver {
 
     fn occupied(&self, bytes: usize) -> usize {
         match self {
-            Self::Emulated(_) => bytes,
+            Self::Emulated(..) => bytes,
             #[cfg(feature = "cuda")]
             Self::Gpu(gpu) => gpu.occupied(bytes),
         }
@@ -129,6 +157,7 @@ impl Driver for TestDriver {
         #[cfg(feature = "cuda")]
         on_gpu!(self, memory, |gpu, memory| gpu
             .upload(memory, offset, bytes));
+        self.refuse_while_recording();
         let to = memory.emulated_mut().as_mut_slice();
         to[offset..][..bytes.len()].copy_from_slice(bytes);
         Ok(())
@@ -144,13 +173,15 @@ impl Driver for TestDriver {
         if let (Self::Gpu(gpu), TestMemory::Gpu(memory)) = (self, memory) {
             return gpu.download(memory, offset, into);
         }
+        self.refuse_while_recording();
         into.copy_from_slice(&memory.emulated().as_slice()[offset..][..into.len()]);
         Ok(())
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError> {
         let schedule = match self {
-            Self::Emulated(schedule) => *schedule,
+            Self::Emulated(_, recorder) if recorder.keeps(launch) => return Ok(()),
+            Self::Emulated(schedule, _) => *schedule,
             #[cfg(feature = "cuda")]
             // SAFETY: the caller's promise.
             Self::Gpu(gpu) => return unsafe { gpu.launch(launch) },
@@ -179,10 +210,41 @@ impl Driver for TestDriver {
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool, BackendError> {
         match self {
-            Self::Emulated(_) => Ok(false),
+            Self::Emulated(..) => Ok(false),
             #[cfg(feature = "cuda")]
             // SAFETY: the caller's promise.
             Self::Gpu(gpu) => unsafe { gpu.gemm(gemm) },
+        }
+    }
+
+    fn begin_recording(&self) -> Result<(), BackendError> {
+        match self {
+            Self::Emulated(_, recorder) => {
+                recorder.begin();
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.begin_recording(),
+        }
+    }
+
+    fn end_recording(&self) -> Result<TestGraph, BackendError> {
+        match self {
+            Self::Emulated(_, recorder) => Ok(TestGraph::Emulated(recorder.end())),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.end_recording().map(TestGraph::Gpu),
+        }
+    }
+
+    unsafe fn replay(&self, graph: &TestGraph) -> Result<(), BackendError> {
+        match (self, graph) {
+            #[cfg(feature = "cuda")]
+            // SAFETY: the caller's promise.
+            (Self::Gpu(gpu), TestGraph::Gpu(graph)) => unsafe { gpu.replay(graph) },
+            // SAFETY: the caller's promise.
+            (_, TestGraph::Emulated(recording)) => unsafe { recording.replay(self) },
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("a recording of another driver"),
         }
     }
 }
@@ -193,12 +255,13 @@ fn on(driver: TestDriver, storage: Storage, deterministic: bool) -> Cuda<TestDri
     let options = CudaOptions {
         storage,
         deterministic,
+        graphs: false,
     };
     Cuda::new(driver, options)
 }
 
 pub(crate) fn emulated(storage: Storage, schedule: Schedule) -> Cuda<TestDriver> {
-    on(TestDriver::Emulated(schedule), storage, true)
+    on(TestDriver::emulated(schedule), storage, true)
 }
 
 /// A backend for each storage in two orders of threads, and for each on a GPU. What is not there is left out with a line that says why.
@@ -312,7 +375,7 @@ fn fast_backends() -> Vec<(Storage, Cuda<TestDriver>)> {
     if cuda_emu::ABSENT.is_none() {
         let schedules = [Schedule::Shuffled(5), Schedule::Descending];
         let pairs = STORAGES.into_iter().zip(schedules);
-        let fast = |storage, order| on(TestDriver::Emulated(order), storage, false);
+        let fast = |storage, order| on(TestDriver::emulated(order), storage, false);
         backends.extend(pairs.map(|(storage, order)| (storage, fast(storage, order))));
     }
     #[cfg(feature = "cuda")]
@@ -411,7 +474,7 @@ fn matmul_of_few_rows_gives_a_row_the_same_bits_in_any_small_batch_and_order() {
         return;
     }
     let run = |order| {
-        let cuda = &mut on(TestDriver::Emulated(order), Storage::BF16, false);
+        let cuda = &mut on(TestDriver::emulated(order), Storage::BF16, false);
         bits(&case.run_rows(cuda, 0..20))
     };
     let first = run(Schedule::Shuffled(1));

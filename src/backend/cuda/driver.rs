@@ -112,6 +112,8 @@ pub struct DeviceShape {
 pub trait Driver: Send + 'static {
     /// A piece of device memory, freed when it is dropped and no work needs it any more.
     type Memory: Send;
+    /// Work that was recorded ([`Self::begin_recording`]).
+    type Graph: Send;
 
     /// Of the device.
     fn shape(&self) -> DeviceShape;
@@ -179,4 +181,26 @@ pub trait Driver: Send + 'static {
     /// # Safety
     /// The addresses must span what the shapes say.
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool, BackendError>;
+
+    /// From here on launches and products are recorded instead of started; nothing else may be asked for until
+    /// [`Self::end_recording`].
+    ///
+    /// # Errors
+    /// The device; nothing is recorded then.
+    fn begin_recording(&self) -> Result<(), BackendError>;
+
+    /// Ends the recording, whether what was asked for was refused or not.
+    ///
+    /// # Errors
+    /// The device, for this or for what it could not record; launches are started again either way.
+    fn end_recording(&self) -> Result<Self::Graph, BackendError>;
+
+    /// Starts all that was recorded, in its order and with its arguments.
+    ///
+    /// # Errors
+    /// A refused launch.
+    ///
+    /// # Safety
+    /// The addresses among the arguments must still be those of live memory.
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), BackendError>;
 }

@@ -8,6 +8,7 @@
 mod attention;
 mod driver;
 mod gemm;
+mod graphs;
 mod memory;
 mod mix;
 mod sample;
@@ -24,8 +25,8 @@ use super::ops::{
     bind_write,
 };
 use super::{
-    Backend, BackendError, HostMatrix, KvFormat, KvShape, SampleRow, Sampled, StepLayout,
-    StepLimits, WeightFormat, Workload,
+    Backend, BackendError, HostMatrix, KvFormat, KvShape, RecordedPass, SampleRow, Sampled,
+    StepLayout, StepLimits, WeightFormat, Workload,
 };
 use driver::kernel;
 use gemm::skinny_rooms;
@@ -44,6 +45,8 @@ pub struct CudaOptions {
     pub storage: Storage,
     /// Products by `kernels/gemm.cu` alone, whose order of additions does not depend on the batch.
     pub deterministic: bool,
+    /// Decode steps are recorded and replayed.
+    pub graphs: bool,
 }
 
 /// The backend over `D`.
@@ -303,7 +306,11 @@ impl<D: Driver> Backend for Cuda<D> {
         let skinny = skinny_rooms(self.driver.shape());
         let rooms = rooms.chain(skinny).chain(sample);
         let rooms = rooms.map(|bytes| self.driver.occupied(bytes));
-        DeviceStep::bytes(&self.driver, &work.limits) + rooms.sum::<usize>()
+        let graphs = match self.options.graphs {
+            true => graphs::bytes(work),
+            false => 0,
+        };
+        DeviceStep::bytes(&self.driver, &work.limits) + rooms.sum::<usize>() + graphs
     }
 
     fn step(&self, limits: StepLimits) -> Result<DeviceStep<D>, BackendError> {
@@ -316,6 +323,21 @@ impl<D: Driver> Backend for Cuda<D> {
         step: &mut DeviceStep<D>,
     ) -> Result<(), BackendError> {
         step.load(&self.driver, layout)
+    }
+
+    fn record(
+        &mut self,
+        step: &mut DeviceStep<D>,
+        pass: &mut RecordedPass<'_, Self>,
+    ) -> Result<usize, BackendError> {
+        match self.options.graphs {
+            true => graphs::record(self, step, pass),
+            false => Ok(0),
+        }
+    }
+
+    fn replay(&mut self, step: &DeviceStep<D>) -> Result<bool, BackendError> {
+        step.replay(&self.driver)
     }
 
     fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), BackendError> {

@@ -5,7 +5,12 @@ use std::cell::RefCell;
 use super::super::step::HostStep;
 use super::super::{BackendError, StepLayout, StepLimits};
 use super::driver::Driver;
+use super::graphs::{DecodeShape, Recordings};
+use super::tiles::DECODE_SPLIT;
 use crate::types::{BLOCK_TOKENS, GateRule};
+
+/// In a list of slots or of single rows: nothing is read or written for this row (kernels/rope_kv_write.cu, attention_decode.cu).
+const NO_ROW: u32 = u32::MAX;
 
 /// A [`HostStep`] and its lists on the device: one piece of memory, filled by one copy a step, at places that no step changes.
 pub struct DeviceStep<D: Driver> {
@@ -17,6 +22,7 @@ pub struct DeviceStep<D: Driver> {
     /// Positions of the longest sequence with one row.
     longest: usize,
     tiles: RefCell<TileList<D>>,
+    recordings: Recordings<D>,
 }
 
 /// Where each list begins, in words.
@@ -104,6 +110,7 @@ impl<D: Driver> DeviceStep<D> {
                 words: Vec::with_capacity(2 * limits.rows),
                 memory: driver.allocate("the tiles of a step", tile_bytes(&limits))?,
             }),
+            recordings: Recordings::new(),
         })
     }
 
@@ -112,8 +119,44 @@ impl<D: Driver> DeviceStep<D> {
         self.host.load(layout)?;
         self.tiles.get_mut().tokens = None;
         let used = self.fill();
+        if let Some(rows) = self.recordings.pick(DecodeShape::of(&self.host)) {
+            self.fill_padding(rows);
+        }
         let bytes = bytemuck::cast_slice(&self.words[..used]);
         driver.upload(&mut self.memory, 0, bytes)
+    }
+
+    /// Becomes a decode step of this shape, all of it padding.
+    pub(super) fn pad(&mut self, driver: &D, shape: DecodeShape) -> Result<(), BackendError> {
+        self.host.pad(shape.rows)?;
+        self.recordings.pick(None);
+        self.tiles.get_mut().tokens = None;
+        self.fill_padding(shape.rows);
+        (self.single_rows, self.longest) = (shape.rows, shape.splits * DECODE_SPLIT);
+        let bytes = bytemuck::cast_slice(&self.words[..self.places.blocks]);
+        driver.upload(&mut self.memory, 0, bytes)
+    }
+
+    /// Rows behind those of sequences, up to `rows`.
+    fn fill_padding(&mut self, rows: usize) {
+        let (at, words) = (&self.places, &mut self.words);
+        for row in self.host.sequences().len()..rows {
+            words[row] = 0;
+            words[at.positions + row] = 0;
+            words[at.slots + row] = NO_ROW;
+            words[at.sequence_of + row] = 0;
+            words[at.logit_rows + row] = row as u32;
+            words[at.single_rows + 4 * row..][..4].copy_from_slice(&[NO_ROW, 0, 0, 0]);
+        }
+    }
+
+    pub(super) fn recordings(&mut self) -> &mut Recordings<D> {
+        &mut self.recordings
+    }
+
+    /// Does the loaded step as it was recorded; `false`: it was not.
+    pub(super) fn replay(&self, driver: &D) -> Result<bool, BackendError> {
+        self.recordings.replay(driver)
     }
 
     /// Writes the lists to `words` and returns how many of these are in use.

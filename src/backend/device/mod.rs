@@ -13,9 +13,11 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::BackendError;
 use super::cuda::{Arg, DeviceShape, Driver, Gemm, Launch};
 
+mod graph;
 mod limits;
 mod products;
 
+use graph::Graph;
 use products::Products;
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -269,6 +271,7 @@ impl Drop for DeviceMemory {
 
 impl Driver for Device {
     type Memory = DeviceMemory;
+    type Graph = Graph;
 
     fn shape(&self) -> DeviceShape {
         self.shape
@@ -410,5 +413,17 @@ impl Driver for Device {
         self.bind()?;
         // SAFETY: the caller's promise.
         unsafe { products.run(gemm, self.stream.cu_stream()) }
+    }
+
+    fn begin_recording(&self) -> Result<(), BackendError> {
+        self.begin_graph()
+    }
+
+    fn end_recording(&self) -> Result<Graph, BackendError> {
+        self.end_graph()
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), BackendError> {
+        self.run_graph(graph)
     }
 }

@@ -54,6 +54,7 @@ impl Answerer {
             kv_budget: KvBudget::Auto,
             gpu_memory_utilization: 1.0,
             deterministic: false,
+            cuda_graphs: false,
             batch_tokens_max: BATCH_TOKENS_MAX,
             // Nobody watches these streams.
             step_time_max: Duration::MAX,

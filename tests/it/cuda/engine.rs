@@ -108,7 +108,7 @@ fn tokens(stream: &mut EventStream) -> Vec<GeneratedToken> {
 
 /// The answers of one run of the engine, and how often the device sampled.
 fn answers(submissions: &[Submission]) -> (Vec<Vec<GeneratedToken>>, usize) {
-    let (cuda, counts) = counting();
+    let (cuda, counts) = counting(true);
     let metrics = Arc::new(Metrics::new(MODEL));
     let (handle, mut engine) = Engine::new(model(cuda), &config(), metrics);
     let mut streams: Vec<_> = submissions
@@ -130,7 +130,7 @@ fn on_host(
     submission: &Submission,
     answer: &[GeneratedToken],
 ) -> Vec<(TokenId, Option<TokenLogprobs>)> {
-    let (cuda, _) = counting();
+    let (cuda, _) = counting(false);
     let mut model = model(cuda);
     let eos = model.eos_token_ids().to_vec();
     let blocks: Vec<_> = (0..8).map(BlockId::new).collect();

@@ -17,12 +17,14 @@ use crate::golden::load;
 struct Asked {
     launches: Arc<AtomicUsize>,
     vendor_products: Arc<AtomicUsize>,
+    replays: Arc<AtomicUsize>,
+    refuses_to_record: bool,
 }
 
 impl Asked {
-    fn take(&self) -> (usize, usize) {
-        let take = |count: &AtomicUsize| count.swap(0, Ordering::SeqCst);
-        (take(&self.launches), take(&self.vendor_products))
+    fn take(&self) -> [usize; 3] {
+        [&self.launches, &self.vendor_products, &self.replays]
+            .map(|count| count.swap(0, Ordering::SeqCst))
     }
 }
 
@@ -31,6 +33,7 @@ struct Nowhere(Asked);
 
 impl Driver for Nowhere {
     type Memory = ();
+    type Graph = ();
 
     fn shape(&self) -> DeviceShape {
         DeviceShape {
@@ -73,16 +76,43 @@ impl Driver for Nowhere {
         self.0.vendor_products.fetch_add(1, Ordering::SeqCst);
         Ok(true)
     }
+
+    fn begin_recording(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn end_recording(&self) -> Result<(), BackendError> {
+        match self.0.refuses_to_record {
+            true => Err(BackendError::Unavailable {
+                device: "nowhere",
+                reason: "no room for a recording".to_owned(),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    unsafe fn replay(&self, (): &()) -> Result<(), BackendError> {
+        self.0.replays.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
 }
 
 const SEQUENCES: usize = 3;
 const POSITIONS: usize = 600;
 
-fn model(deterministic: bool) -> (RoutedLlama<Cuda<Nowhere>>, Asked) {
-    let asked = Asked::default();
+fn model(deterministic: bool, graphs: bool) -> (RoutedLlama<Cuda<Nowhere>>, Asked) {
+    model_on(Asked::default(), deterministic, graphs)
+}
+
+fn model_on(
+    asked: Asked,
+    deterministic: bool,
+    graphs: bool,
+) -> (RoutedLlama<Cuda<Nowhere>>, Asked) {
     let options = CudaOptions {
         storage: Storage::BF16,
         deterministic,
+        graphs,
     };
     let cuda = Cuda::new(Nowhere(asked.clone()), options);
     let options = ModelOptions {
@@ -142,7 +172,13 @@ fn allocations(
 
 #[test]
 fn a_step_takes_nothing_from_the_allocator_once_its_results_have_been_read_at_that_size() {
-    let (mut model, asked) = model(false);
+    for graphs in [false, true] {
+        check_allocations(graphs);
+    }
+}
+
+fn check_allocations(graphs: bool) {
+    let (mut model, asked) = model(false, graphs);
     // The largest step: what is read back finds its room.
     allocations(&mut model, [40, 23, 1], 0);
     asked.take();
@@ -158,8 +194,13 @@ fn a_step_takes_nothing_from_the_allocator_once_its_results_have_been_read_at_th
             0,
             "{rows:?} at {start}"
         );
-        let (launches, products) = asked.take();
-        assert!(launches > 0);
+        let [launches, products, replays] = asked.take();
+        // Of the three steps that `allocations` makes, two sample.
+        if graphs && rows == [1, 1, 1] {
+            assert_eq!((launches, products, replays), (2, 0, 3));
+            continue;
+        }
+        assert!(launches > 0 && replays == 0);
         // Few rows have a kernel of our own; the head's are few in every step.
         let many = rows.iter().sum::<usize>() > 32;
         assert_eq!(products > 0, many, "{rows:?}");
@@ -167,13 +208,27 @@ fn a_step_takes_nothing_from_the_allocator_once_its_results_have_been_read_at_th
 }
 
 #[test]
+fn a_device_that_refuses_to_record_gets_its_launches_one_by_one() {
+    let refusing = Asked {
+        refuses_to_record: true,
+        ..Asked::default()
+    };
+    let (mut model, asked) = model_on(refusing, false, true);
+    assert_eq!(model.recorded(), 0);
+    asked.take();
+    allocations(&mut model, [1, 1, 1], 7);
+    let [launches, _, replays] = asked.take();
+    assert!(launches > 3 && replays == 0);
+}
+
+#[test]
 fn deterministic_multiplies_by_its_own_kernels_alone() {
     let work = |deterministic| {
-        let (mut model, asked) = model(deterministic);
+        let (mut model, asked) = model(deterministic, false);
         allocations(&mut model, [40, 1, 1], 5);
         asked.take()
     };
-    let ((launches, products), (own_launches, none)) = (work(false), work(true));
+    let ([launches, products, _], [own_launches, none, _]) = (work(false), work(true));
     assert_eq!(none, 0);
     assert_eq!(own_launches, launches + products);
 }

@@ -11,7 +11,7 @@ use midpo::dtype::BlockType;
 use midpo::model::{self, ModelOptions, RoutedLlama};
 use midpo::types::{BLOCK_TOKENS, BlockId, TokenId, Variant};
 
-use super::{TestDriver, TestMemory};
+use super::{TestDriver, TestGraph, TestMemory};
 use crate::golden::load;
 
 const FIXTURES: [(&str, bool); 3] = [
@@ -30,23 +30,27 @@ pub(super) struct Counting {
 pub(super) struct Counts {
     pub(super) bytes: Arc<AtomicUsize>,
     pub(super) samples: Arc<AtomicUsize>,
+    pub(super) recordings: Arc<AtomicUsize>,
+    pub(super) replays: Arc<AtomicUsize>,
 }
 
-pub(super) fn counting() -> (Cuda<Counting>, Counts) {
+pub(super) fn counting(graphs: bool) -> (Cuda<Counting>, Counts) {
     let counts = Counts::default();
     let driver = Counting {
-        inner: TestDriver::Emulated(Schedule::Descending),
+        inner: TestDriver::emulated(Schedule::Descending),
         counts: counts.clone(),
     };
     let options = CudaOptions {
         storage: Storage::BF16,
         deterministic: true,
+        graphs,
     };
     (Cuda::new(driver, options), counts)
 }
 
 impl Driver for Counting {
     type Memory = TestMemory;
+    type Graph = TestGraph;
 
     fn shape(&self) -> DeviceShape {
         DeviceShape {
@@ -102,6 +106,21 @@ impl Driver for Counting {
         // SAFETY: the caller's promise.
         unsafe { self.inner.gemm(gemm) }
     }
+
+    fn begin_recording(&self) -> Result<(), BackendError> {
+        self.inner.begin_recording()
+    }
+
+    fn end_recording(&self) -> Result<TestGraph, BackendError> {
+        self.counts.recordings.fetch_add(1, Ordering::SeqCst);
+        self.inner.end_recording()
+    }
+
+    unsafe fn replay(&self, graph: &TestGraph) -> Result<(), BackendError> {
+        self.counts.replays.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.replay(graph) }
+    }
 }
 
 fn options(kv_format: KvFormat, weight_format: WeightFormat) -> ModelOptions {
@@ -153,7 +172,7 @@ fn cuda_takes_what_the_budget_says_and_nothing_more_when_it_runs() {
     for (name, experts) in FIXTURES {
         let checkpoint = load(name, experts);
         let options = options(KvFormat::BF16, WeightFormat::Stored);
-        let (cuda, Counts { bytes, .. }) = counting();
+        let (cuda, Counts { bytes, .. }) = counting(false);
         let weights = model::weight_bytes(&cuda, &checkpoint, options.weight_format).unwrap();
         let workspace = model::workspace_bytes(&cuda, &checkpoint, &options).unwrap();
         let block = model::kv_block_bytes(&cuda, &checkpoint.config, options.kv_format).unwrap();

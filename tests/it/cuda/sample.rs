@@ -310,6 +310,7 @@ fn sample_leaves_to_the_host_what_nobody_reserved_room_for() {
             kv: 1,
             size: 16,
         },
+        layers: 1,
         mlp_width: 64,
         expert_width: 0,
         quantised_inputs: 0,
