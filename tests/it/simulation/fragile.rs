@@ -40,7 +40,7 @@ impl Faults {
     }
 }
 
-/// The CPU, until a fault strikes.
+/// The CPU, until a fault strikes. Forwards each method that the CPU has: its answers are to be the CPU's, to the bit.
 pub(crate) struct Fragile {
     pub inner: Cpu,
     pub faults: Faults,
@@ -56,6 +56,10 @@ impl Backend for Fragile {
 
     fn name(&self) -> &'static str {
         "fragile"
+    }
+
+    fn quantises(&self) -> bool {
+        self.inner.quantises()
     }
 
     fn matrix(
@@ -74,6 +78,14 @@ impl Backend for Fragile {
         format: WeightFormat,
     ) -> Made<usize> {
         self.inner.matrix_bytes(parts, extension, format)
+    }
+
+    fn experts(&self, lora_a: HostMatrix<'_>, gates: HostMatrix<'_>) -> Made<Self::Matrix> {
+        self.inner.experts(lora_a, gates)
+    }
+
+    fn experts_bytes(&self, lora_a: HostMatrix<'_>, gates: HostMatrix<'_>) -> Made<usize> {
+        self.inner.experts_bytes(lora_a, gates)
     }
 
     fn buffer_bytes(&self, rows: usize, width: usize) -> usize {
@@ -102,6 +114,10 @@ impl Backend for Fragile {
 
     fn kv_cache(&self, shape: KvShape) -> Made<Self::KvCache> {
         self.inner.kv_cache(shape)
+    }
+
+    fn kv_block_bytes(&self, shape: KvShape) -> Made<usize> {
+        self.inner.kv_block_bytes(shape)
     }
 
     fn step(&self, limits: StepLimits) -> Made<Self::Step> {
