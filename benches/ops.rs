@@ -331,6 +331,7 @@ fn expert_mix(machine: &mut Machine, m: usize, n: usize, routed: bool) {
             experts: e.as_ref().map(|e| (e, shape)),
             hu: &mut hu,
             gates: &mut gates,
+            z: None,
         };
         cpu.silu_mul_expert_mix(call).unwrap();
     });

@@ -6,7 +6,7 @@
 //        K = m + w, is the routed mix.
 // Bound: memory, n * 3 m * sizeof(T) bytes, and (w sizeof(T) + 8) m bytes of E once a block of tiles.
 // Checked: 128 registers; HMMA LDSM LDGSTS LDG.E.128
-#include "common.cuh"
+#include "gates.cuh"
 
 constexpr int MIX_PITCH = MIX_COLS + 8;  // rows of shared memory an odd number of 16 bytes apart: ldmatrix without bank conflicts
 constexpr int MIX_WARPS = MIX_THREADS / WARP;
@@ -18,12 +18,6 @@ static_assert(MIX_ROWS == 16 && MIX_WIDTH % 16 == 0 && MIX_WARP_COLS % 16 == 0, 
 constexpr int MIX_ACROSS = MIX_COLS / (WARP * 8);
 constexpr int MIX_WARP_ROWS = MIX_ROWS * MIX_ACROSS / MIX_WARPS;
 static_assert(MIX_ACROSS * WARP * 8 == MIX_COLS && MIX_WARP_ROWS * MIX_WARPS == MIX_ROWS * MIX_ACROSS, "warps cover the block's part");
-
-// min(max(sigmoid(logit + bias), floor), ceiling); a bias of -inf gives 0 and +inf gives 1.
-__device__ __forceinline__ float gate_of(float logit, const float (&rule)[3]) {
-    const float gate = 1.f / (1.f + expf(-(logit + rule[0])));
-    return fminf(fmaxf(gate, rule[1]), rule[2]);
-}
 
 template <typename T> struct MixShared {
     T h[MIX_ROWS][MIX_PITCH];
@@ -137,16 +131,23 @@ __device__ __forceinline__ void add_splits(float* totals, const float* partials,
     }
 }
 
-// The last block of a token tile: z = sum of the partials, gates by their rules, u = gate * z. rule: of this thread's row and gate.
+// The last block of a token tile: z = sum of the partials, gates by their rules, u = gate * z; or z alone. rule: of this thread's row and gate.
 template <typename T>
-__device__ __forceinline__ void finish(MixShared<T>& shared, T* hu, float* gates, float* partials, const float (&rule)[3], int row0,
+__device__ __forceinline__ void finish(MixShared<T>& shared, T* hu, float* gates, float* z, float* partials, const float (&rule)[3], int row0,
                                        int rows, int m, int w, int safety_rank, int splits, float safety_bias, float helpfulness_bias,
-                                       int hu_stride, int gates_stride) {
+                                       int hu_stride, int gates_stride, int z_stride) {
     const int pitch = partial_pitch(w);
     // The products are no longer needed, and have room for all but the widest experts.
     float* totals = MIX_ROWS * pitch * sizeof(float) <= sizeof shared.products ? &shared.products[0][0][0] : partials;
     add_splits(totals, partials, rows, pitch, splits);
     __syncthreads();
+    if (z) {
+        for (int i = threadIdx.x; i < rows * (w + 2); i += MIX_THREADS) {
+            const int row = i / (w + 2), j = i % (w + 2);
+            z[size_t(row0 + row) * z_stride + j] = totals[row * pitch + j];
+        }
+        return;
+    }
     if (int(threadIdx.x) < rows * 2) {
         const int row = threadIdx.x / 2, which = threadIdx.x % 2;
         const float logit = totals[row * pitch + w + which] + (which ? helpfulness_bias : safety_bias);
@@ -195,12 +196,13 @@ __device__ __forceinline__ void leave_partials(MixShared<T>& shared, float* mine
 
 // hu (n, hu_stride): h (m), u (w), zeros; gate_up (n, gate_up_stride): gate (m), up (m); a (w, m): A_s, A_h, or null for a plain Llama;
 // gate_rows (2, m) f32; rules (sequences, 6): bias, floor, ceiling of the safety and of the helpfulness gate; sequence_of (n);
-// gates: this layer's two columns of (n, gates_stride); partials (row tiles, splits, MIX_ROWS, partial_pitch(w)); arrived (row tiles), zero
+// gates: this layer's two columns of (n, gates_stride); z (n, z_stride): takes A h and the gates' dots instead, or null; partials (row tiles, splits, MIX_ROWS, partial_pitch(w)); arrived (row tiles), zero
 // before and after. Grid: (splits of m, groups of `tiles` row tiles). m % 8 == 0.
 template <typename T>
 __device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias,
-                                    const float* rules, const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n,
-                                    int m, int w, int safety_rank, int hu_stride, int gate_up_stride, int gates_stride, int tiles) {
+                                    const float* rules, const int* sequence_of, float* gates, float* z, float* partials, unsigned* arrived,
+                                    int n, int m, int w, int safety_rank, int hu_stride, int gate_up_stride, int gates_stride, int z_stride,
+                                    int tiles) {
     DYNAMIC_SHARED(MixShared<T>, storage);
     MixShared<T>& shared = *storage;
     const int col0 = blockIdx.x * MIX_COLS, splits = gridDim.x, cols = min(MIX_COLS, m - col0);
@@ -217,10 +219,7 @@ __device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const f
     for (int tile = first_tile; tile < end; ++tile) {
         const int row0 = tile * MIX_ROWS, rows = min(MIX_ROWS, n - row0);
         float rule[3] = {};
-        if (a && int(threadIdx.x) < rows * 2) {
-            const float* of = rules + size_t(sequence_of[row0 + threadIdx.x / 2]) * 6 + threadIdx.x % 2 * 3;
-            rule[0] = of[0], rule[1] = of[1], rule[2] = of[2];
-        }
+        if (a && int(threadIdx.x) < rows * 2) load_rule(rule, rules, sequence_of[row0 + threadIdx.x / 2], threadIdx.x % 2);
         if (tile == first_tile) ptx::wait_for_kernels_before();
         silu_mul(shared, hu + size_t(row0) * hu_stride + col0, gate_up + size_t(row0) * gate_up_stride + col0, weight, a != nullptr, rows,
                  cols, m, hu_stride, gate_up_stride);
@@ -237,15 +236,15 @@ __device__ void silu_mul_expert_mix(T* hu, const T* gate_up, const T* a, const f
         if (!shared.is_last) continue;
         __threadfence();
         if (threadIdx.x == 0) arrived[tile] = 0;
-        finish(shared, hu, gates, of_tile, rule, row0, rows, m, w, safety_rank, splits, safety_bias, helpfulness_bias, hu_stride,
-               gates_stride);
+        finish(shared, hu, gates, z, of_tile, rule, row0, rows, m, w, safety_rank, splits, safety_bias, helpfulness_bias, hu_stride,
+               gates_stride, z_stride);
         __syncthreads();  // all have read the gates that the next tile overwrites
     }
 }
 
 EARLY_KERNEL(silu_mul_expert_mix, (MIX_THREADS, 2),
              (T* hu, const T* gate_up, const T* a, const float* gate_rows, float safety_bias, float helpfulness_bias, const float* rules,
-              const int* sequence_of, float* gates, float* partials, unsigned* arrived, int n, int m, int w, int safety_rank,
-              int hu_stride, int gate_up_stride, int gates_stride, int tiles),
-             (hu, gate_up, a, gate_rows, safety_bias, helpfulness_bias, rules, sequence_of, gates, partials, arrived, n, m, w, safety_rank,
-              hu_stride, gate_up_stride, gates_stride, tiles))
+              const int* sequence_of, float* gates, float* z, float* partials, unsigned* arrived, int n, int m, int w, int safety_rank,
+              int hu_stride, int gate_up_stride, int gates_stride, int z_stride, int tiles),
+             (hu, gate_up, a, gate_rows, safety_bias, helpfulness_bias, rules, sequence_of, gates, z, partials, arrived, n, m, w, safety_rank,
+              hu_stride, gate_up_stride, gates_stride, z_stride, tiles))

@@ -17,6 +17,8 @@ constexpr int MIX_THREADS = 256;          // warps share MIX_COLS
 constexpr int MIX_WIDTH = 32;             // w that are multiplied at once
 constexpr int MIX_BLOCKS = 1056;          // about so many share the tiles of n
 
+constexpr int EXPERT_MIX_THREADS = 64;    // a block an n
+
 constexpr int DECODE_SPLIT = 256;         // positions of a block, whatever the batch: the split decides the bits
 constexpr int DECODE_WARPS = 4;           // take turns at the K/V blocks of a split
 constexpr int DECODE_HEADS = 16;          // query heads of a block, all of one K/V head: one m16 of mma

@@ -297,6 +297,8 @@ pub trait Backend: Sized + Send + 'static {
         &mut self,
         args: ops::SiluMulExpertMix<'_, Self>,
     ) -> Result<(), BackendError>;
+    /// [`ops::EXPERT_MIX`].
+    fn expert_mix(&mut self, args: ops::ExpertMix<'_, Self>) -> Result<(), BackendError>;
     /// [`ops::GATHER_ROWS`].
     fn gather_rows(&mut self, args: ops::GatherRows<'_, Self>) -> Result<(), BackendError>;
 

@@ -153,7 +153,17 @@ pub const SILU_MUL_EXPERT_MIX: Op = Op {
         (">hu", "n m+w"),
         (">gates", "n 2l"),
     ],
-    layout: "rows of E: A_s, A_h, a, b (biases a0, b0 beside it); gates of layer i in columns 2i (alpha) and 2i + 1 (beta)",
+    layout: "rows of E: A_s, A_h, a, b (biases a0, b0 beside it); gates of layer i in columns 2i (alpha) and 2i + 1 (beta); given >z (n w+2), \
+             m is a part of the model's: z is left there, hu = h (n m), and gates are not touched",
+    tolerance: SUMS,
+};
+
+/// The rest of [`SILU_MUL_EXPERT_MIX`] where z came in parts: their sum, mixed.
+pub const EXPERT_MIX: Op = Op {
+    name: "expert_mix",
+    formula: "alpha = rule_s(z_a), beta = rule_h(z_b); u = [alpha z_s ; beta z_h]",
+    operands: &[("z", "n w+2"), (">u", "n w"), (">gates", "n 2l")],
+    layout: "z and gates as in silu_mul_expert_mix; z is exact",
     tolerance: SUMS,
 };
 
@@ -167,13 +177,14 @@ pub const GATHER_ROWS: Op = Op {
 };
 
 /// All ops, for documentation and tests.
-pub const ALL: [&Op; 7] = [
+pub const ALL: [&Op; 8] = [
     &EMBED,
     &RMS_NORM,
     &MATMUL,
     &ROPE_KV_WRITE,
     &ATTENTION,
     &SILU_MUL_EXPERT_MIX,
+    &EXPERT_MIX,
     &GATHER_ROWS,
 ];
 
@@ -295,8 +306,26 @@ pub struct SiluMulExpertMix<'a, B: Backend> {
     pub gate_up: &'a B::Buffer,
     /// E (w + 2, m) and its shape; `None` for a plain Llama: then w = 0 and `gates` is left alone.
     pub experts: Option<(&'a B::Matrix, ExpertShape)>,
-    /// (n, m + w).
+    /// (n, m + w); (n, m) beside `z`.
     pub hu: &'a mut B::Buffer,
+    /// (n, 2l).
+    pub gates: &'a mut B::Buffer,
+    /// (n, w + 2): receives z where m is a part of the model's, for [`EXPERT_MIX`] to go on from the parts' sum.
+    pub z: Option<&'a mut B::Buffer>,
+}
+
+/// Arguments of [`EXPERT_MIX`].
+pub struct ExpertMix<'a, B: Backend> {
+    /// This step: gate rules.
+    pub step: &'a B::Step,
+    /// Layer whose columns of `gates` are written.
+    pub layer: usize,
+    /// Ranks and biases.
+    pub shape: ExpertShape,
+    /// (n, w + 2).
+    pub z: &'a B::Buffer,
+    /// (n, w).
+    pub u: &'a mut B::Buffer,
     /// (n, 2l).
     pub gates: &'a mut B::Buffer,
 }
@@ -532,23 +561,46 @@ impl<B: Backend> SiluMulExpertMix<'_, B> {
         let op = &SILU_MUL_EXPERT_MIX;
         let m = self.gate_up.width() / 2;
         bind_value(op, "gate_up % 2", 0, self.gate_up.width() % 2)?;
-        let w = self.experts.as_ref().map_or(0, |(_, shape)| shape.width());
+        let shape = self.experts.as_ref().map(|(_, shape)| shape);
+        let w = shape.map_or(0, ExpertShape::width);
         bind_rows(op, "gate_up", self.gate_up, n, 2 * m)?;
-        bind_rows(op, "hu", self.hu, n, m + w)?;
-        if let Some((e, shape)) = &self.experts {
+        if let Some((e, _)) = &self.experts {
             bind_value(op, "e.inputs", m, e.inputs())?;
             bind_value(op, "e.extension", 0, e.extension_inputs())?;
-            bind_value(op, "e.outputs", shape.width() + 2, e.outputs())?;
-            bind_rows(
-                op,
-                "gates",
-                self.gates,
-                n,
-                self.gates.width().max(2 * (self.layer + 1)),
-            )?;
+            bind_value(op, "e.outputs", w + 2, e.outputs())?;
+        }
+        match (&self.z, shape) {
+            (Some(z), _) => {
+                bind_rows(op, "z", *z, n, w + 2)?;
+                bind_rows(op, "hu", self.hu, n, m)?;
+            }
+            (None, Some(_)) => {
+                bind_rows(op, "hu", self.hu, n, m + w)?;
+                bind_gates(op, self.gates, n, self.layer)?;
+            }
+            (None, None) => bind_rows(op, "hu", self.hu, n, m)?,
         }
         Ok(m)
     }
+}
+
+impl<B: Backend> ExpertMix<'_, B> {
+    /// Checks the call for `n` rows.
+    pub fn bind(&self, n: usize) -> Result<(), BackendError> {
+        let (op, w) = (&EXPERT_MIX, self.shape.width());
+        bind_rows(op, "z", self.z, n, w + 2)?;
+        bind_rows(op, "u", self.u, n, w)?;
+        bind_gates(op, self.gates, n, self.layer)
+    }
+}
+
+fn bind_gates<S: Shaped>(
+    op: &'static Op,
+    gates: &S,
+    n: usize,
+    layer: usize,
+) -> Result<(), BackendError> {
+    bind_rows(op, "gates", gates, n, gates.width().max(2 * (layer + 1)))
 }
 
 impl<B: Backend> GatherRows<'_, B> {

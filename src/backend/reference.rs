@@ -5,8 +5,9 @@ use std::ops::Range;
 use half::bf16;
 
 use super::ops::{
-    Attention, Embed, GatherRows, Heads, INT8_BLOCK, MatMul, RmsNorm, RopeKvWrite,
-    SiluMulExpertMix, bind_parts, meets_integers, quantise_block, quantise_head, widen_head,
+    Attention, Embed, ExpertMix, ExpertShape, GatherRows, Heads, INT8_BLOCK, MatMul, RmsNorm,
+    RopeKvWrite, SiluMulExpertMix, bind_parts, meets_integers, quantise_block, quantise_head,
+    widen_head,
 };
 use super::step::HostStep;
 use super::{
@@ -14,7 +15,7 @@ use super::{
     WeightFormat, Workload,
 };
 use crate::dtype::DType;
-use crate::types::{BLOCK_TOKENS, BlockId};
+use crate::types::{BLOCK_TOKENS, BlockId, GateOverride};
 
 /// The reference backend: no state, no threads.
 #[derive(Clone, Copy, Debug, Default)]
@@ -185,6 +186,20 @@ fn attend(q: &[f32], keys: &[Range<usize>], cache: &PlainCache, out: &mut [f32])
             .sum();
         *out = (mixed / sum) as f32;
     }
+}
+
+/// u of a row's z, and its gates.
+fn mixed(z: &[f64], shape: &ExpertShape, rules: GateOverride, u: &mut [f32]) -> [f32; 2] {
+    let logit = |at: usize, bias: f32| (z[at] + f64::from(bias)) as f32;
+    let alpha = rules.safety.apply(logit(shape.width(), shape.safety_bias));
+    let beta = rules
+        .helpfulness
+        .apply(logit(shape.width() + 1, shape.helpfulness_bias));
+    for (j, u) in u.iter_mut().enumerate() {
+        let gate = if j < shape.safety_rank { alpha } else { beta };
+        *u = (f64::from(gate) * z[j]) as f32;
+    }
+    [alpha, beta]
 }
 
 impl Backend for Reference {
@@ -400,7 +415,7 @@ impl Backend for Reference {
 
     fn silu_mul_expert_mix(
         &mut self,
-        args: SiluMulExpertMix<'_, Self>,
+        mut args: SiluMulExpertMix<'_, Self>,
     ) -> Result<(), BackendError> {
         let m = args.bind(args.step.rows())?;
         for sequence in args.step.sequences() {
@@ -418,17 +433,25 @@ impl Backend for Reference {
                 let z: Vec<f64> = (0..e.outputs)
                     .map(|j| e.product(j, h, &quantised))
                     .collect();
-                let logit = |at: usize, bias: f32| (z[at] + f64::from(bias)) as f32;
-                let rules = sequence.gates;
-                let alpha = rules.safety.apply(logit(shape.width(), shape.safety_bias));
-                let beta = rules
-                    .helpfulness
-                    .apply(logit(shape.width() + 1, shape.helpfulness_bias));
-                for (j, u) in u.iter_mut().enumerate() {
-                    let gate = if j < shape.safety_rank { alpha } else { beta };
-                    *u = (f64::from(gate) * z[j]) as f32;
+                if let Some(part) = &mut args.z {
+                    let part = part.row_mut(row).iter_mut();
+                    part.zip(z).for_each(|(part, z)| *part = z as f32);
+                    continue;
                 }
-                args.gates.row_mut(row)[2 * args.layer..][..2].copy_from_slice(&[alpha, beta]);
+                let gates = mixed(&z, shape, sequence.gates, u);
+                args.gates.row_mut(row)[2 * args.layer..][..2].copy_from_slice(&gates);
+            }
+        }
+        Ok(())
+    }
+
+    fn expert_mix(&mut self, args: ExpertMix<'_, Self>) -> Result<(), BackendError> {
+        args.bind(args.step.rows())?;
+        for sequence in args.step.sequences() {
+            for (row, _) in sequence.placed_rows() {
+                let z: Vec<f64> = args.z.row(row).iter().map(|z| f64::from(*z)).collect();
+                let gates = mixed(&z, &args.shape, sequence.gates, args.u.row_mut(row));
+                args.gates.row_mut(row)[2 * args.layer..][..2].copy_from_slice(&gates);
             }
         }
         Ok(())

@@ -24,6 +24,16 @@ pub enum ModelError {
         /// Its first number that becomes infinite.
         value: f32,
     },
+    /// What ranks cannot share evenly.
+    #[error("`{what}`: expected a multiple of {expected} to share over the ranks, found {found}")]
+    Shard {
+        /// Field of the configuration, or matrix, in Hugging Face's names.
+        what: String,
+        /// Ranks, times the numbers of a block.
+        expected: usize,
+        /// What there is.
+        found: usize,
+    },
     /// Buffers or cache.
     #[error(transparent)]
     Backend(#[from] BackendError),

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 
 use super::layer::{Activations, heads};
+use super::shard::Shard;
 use super::weights::Weights;
 use super::{ModelError, ModelOptions};
 use crate::backend::{
@@ -149,7 +150,7 @@ pub fn weight_bytes<B: Backend>(
     format: WeightFormat,
 ) -> Result<u64, ModelError> {
     let ledger = Ledger::new(backend);
-    Weights::upload(&ledger, checkpoint, format)?;
+    Weights::upload(&ledger, checkpoint, format, Shard::WHOLE)?;
     Ok(ledger.bytes.get())
 }
 
@@ -164,9 +165,15 @@ pub fn workspace_bytes<B: Backend>(
 ) -> Result<u64, ModelError> {
     let ledger = Ledger::new(backend);
     let config = &checkpoint.config;
-    Activations::new(&ledger, config, options, expert_width(checkpoint))?;
+    Activations::new(
+        &ledger,
+        config,
+        options,
+        expert_width(checkpoint),
+        Shard::WHOLE,
+    )?;
     ledger.exact_buffer(options.positions, config.head_dim)?;
-    ledger.add(backend.workspace_bytes(&workload(checkpoint, options)));
+    ledger.add(backend.workspace_bytes(&workload(checkpoint, config, options)));
     Ok(ledger.bytes.get())
 }
 
@@ -208,9 +215,12 @@ pub(super) fn limits(config: &LlamaConfig, options: &ModelOptions) -> StepLimits
     }
 }
 
-/// What the ops of this model work on at most.
-pub(super) fn workload(checkpoint: &Checkpoint, options: &ModelOptions) -> Workload {
-    let config = &checkpoint.config;
+/// What the ops of this model work on at most; `config` is of this rank's part.
+pub(super) fn workload(
+    checkpoint: &Checkpoint,
+    config: &LlamaConfig,
+    options: &ModelOptions,
+) -> Workload {
     Workload {
         limits: limits(config, options),
         layers: config.num_layers,

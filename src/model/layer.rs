@@ -1,7 +1,9 @@
 //! One layer of the forward pass, and the buffers between ops.
 
 use super::ModelOptions;
+use super::collective::Rank;
 use super::footprint::Store;
+use super::shard::Shard;
 use super::weights::LayerWeights;
 use crate::backend::ops::{self, Heads};
 use crate::backend::{Backend, BackendError};
@@ -19,8 +21,10 @@ pub(super) struct Activations<S: Store> {
     attention: S::Buffer,
     /// (rows, 2m).
     gate_up: S::Buffer,
-    /// (rows, m + w): [h ; u].
+    /// (rows, m + w): [h ; u]; (rows, m) where ranks share m.
     hu: S::Buffer,
+    /// Where ranks share m.
+    apart: Option<Apart<S>>,
     /// (rows, 2L).
     pub gates: S::Buffer,
     /// (logit rows, d).
@@ -31,23 +35,40 @@ pub(super) struct Activations<S: Store> {
     pub logits: S::Buffer,
 }
 
+/// The experts' half of a layer, apart from h.
+struct Apart<S: Store> {
+    /// (rows, w + 2): this rank's part of E h, then the sum.
+    z: S::Buffer,
+    /// (rows, w).
+    u: S::Buffer,
+}
+
 impl<S: Store> Activations<S> {
     pub(super) fn new(
         store: &S,
         config: &LlamaConfig,
         options: &ModelOptions,
         expert_width: usize,
+        shard: Shard,
     ) -> Result<Self, BackendError> {
         let (rows, logit_rows) = (options.rows, options.logit_rows);
         let (d, m) = (config.hidden_size, config.intermediate_size);
         let heads = heads(config);
+        let behind_h = if shard.is_whole() { expert_width } else { 0 };
+        let apart = (behind_h < expert_width).then(|| {
+            Ok::<_, BackendError>(Apart {
+                z: store.exact_buffer(rows, expert_width + 2)?,
+                u: store.buffer(rows, expert_width)?,
+            })
+        });
         Ok(Self {
             x: store.exact_buffer(rows, d)?,
             normed: store.buffer(rows, d)?,
             qkv: store.buffer(rows, heads.qkv_width())?,
             attention: store.buffer(rows, heads.query * heads.size)?,
             gate_up: store.buffer(rows, 2 * m)?,
-            hu: store.buffer(rows, m + expert_width)?,
+            hu: store.buffer(rows, m + behind_h)?,
+            apart: apart.transpose()?,
             gates: store.exact_buffer(rows, 2 * config.num_layers)?,
             head_x: store.exact_buffer(logit_rows, d)?,
             head_normed: store.buffer(logit_rows, d)?,
@@ -62,6 +83,8 @@ pub(super) struct Place<'a, B: Backend> {
     pub index: usize,
     /// n.
     pub rows: usize,
+    /// This step.
+    pub step: &'a B::Step,
     /// Shape and constants.
     pub config: &'a LlamaConfig,
     /// (positions, head_dim).
@@ -81,21 +104,21 @@ pub(super) fn forward<B: Backend>(
     backend: &mut B,
     layer: &LayerWeights<B>,
     place: &Place<'_, B>,
-    step: &B::Step,
     cache: &mut B::KvCache,
     act: &mut Activations<B>,
+    rank: &mut Rank<B>,
 ) -> Result<(), BackendError> {
-    attention(backend, layer, place, step, cache, act)?;
-    routed_mlp(backend, layer, place, step, act)
+    attention(backend, layer, place, cache, act, rank)?;
+    routed_mlp(backend, layer, place, act, rank)
 }
 
 fn attention<B: Backend>(
     backend: &mut B,
     weights: &LayerWeights<B>,
     place: &Place<'_, B>,
-    step: &B::Step,
     cache: &mut B::KvCache,
     act: &mut Activations<B>,
+    rank: &mut Rank<B>,
 ) -> Result<(), BackendError> {
     let (n, layer, heads) = (place.rows, place.index, heads(place.config));
     let Activations {
@@ -121,7 +144,7 @@ fn attention<B: Backend>(
         add: false,
     })?;
     backend.rope_kv_write(ops::RopeKvWrite {
-        step,
+        step: place.step,
         layer,
         heads,
         rope: place.rope,
@@ -129,7 +152,7 @@ fn attention<B: Backend>(
         cache,
     })?;
     backend.attention(ops::Attention {
-        step,
+        step: place.step,
         layer,
         heads,
         qkv,
@@ -141,8 +164,9 @@ fn attention<B: Backend>(
         x: attention,
         w: &weights.output,
         y: x,
-        add: true,
-    })
+        add: rank.adds(),
+    })?;
+    rank.all_reduce(backend, n, &mut [x])
 }
 
 /// x += W_down h + s_s alpha(h) S(h) + s_h beta(h) H(h), h = silu(W_gate y) * W_up y, y = norm(x) (MIDPO.md 1).
@@ -150,8 +174,8 @@ fn routed_mlp<B: Backend>(
     backend: &mut B,
     weights: &LayerWeights<B>,
     place: &Place<'_, B>,
-    step: &B::Step,
     act: &mut Activations<B>,
+    rank: &mut Rank<B>,
 ) -> Result<(), BackendError> {
     let (n, layer, eps) = (place.rows, place.index, place.config.rms_norm_eps);
     let Activations {
@@ -159,6 +183,7 @@ fn routed_mlp<B: Backend>(
         normed,
         gate_up,
         hu,
+        apart,
         gates,
         ..
     } = act;
@@ -178,18 +203,40 @@ fn routed_mlp<B: Backend>(
     })?;
     let experts = weights.experts.as_ref().map(|(e, shape)| (e, *shape));
     backend.silu_mul_expert_mix(ops::SiluMulExpertMix {
-        step,
+        step: place.step,
         layer,
         gate_up,
         experts,
         hu,
         gates,
+        z: apart.as_mut().map(|apart| &mut apart.z),
     })?;
     backend.matmul(ops::MatMul {
         n,
         x: hu,
         w: &weights.down,
         y: x,
-        add: true,
-    })
+        add: rank.adds(),
+    })?;
+    match (apart, experts, &weights.lora_b) {
+        (Some(Apart { z, u }), Some((_, shape)), Some(lora_b)) => {
+            rank.all_reduce(backend, n, &mut [x, z])?;
+            backend.expert_mix(ops::ExpertMix {
+                step: place.step,
+                layer,
+                shape,
+                z,
+                u,
+                gates,
+            })?;
+            backend.matmul(ops::MatMul {
+                n,
+                x: u,
+                w: lora_b,
+                y: x,
+                add: true,
+            })
+        }
+        _ => rank.all_reduce(backend, n, &mut [x]),
+    }
 }

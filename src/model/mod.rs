@@ -1,14 +1,20 @@
 //! The routed Llama over any [`Backend`], written once. Owns the weights, the K/V cache and every activation buffer, all made
 //! at load: a forward pass allocates nothing.
 
+mod collective;
 mod error;
 mod footprint;
+mod in_process;
 mod layer;
 mod pass;
+mod shard;
 mod weights;
 
+pub use collective::Collective;
 pub use error::ModelError;
 pub use footprint::{kv_block_bytes, weight_bytes, workspace_bytes};
+pub use in_process::InProcess;
+pub use shard::Shard;
 
 use crate::backend::{
     Backend, BackendError, KvFormat, KvShape, SampleRow, Sampled, StepLayout, StepLimits,
@@ -16,6 +22,7 @@ use crate::backend::{
 };
 use crate::checkpoint::{Checkpoint, LlamaConfig, rope_table};
 use crate::types::TokenId;
+use collective::Rank;
 use layer::Activations;
 use pass::Pass;
 use weights::Weights;
@@ -57,7 +64,9 @@ pub struct RoutedLlama<B: Backend> {
     cache: B::KvCache,
     step: B::Step,
     activations: Activations<B>,
+    /// Of this rank's part.
     config: LlamaConfig,
+    rank: Rank<B>,
     kv_shape: KvShape,
     limits: StepLimits,
     routed: bool,
@@ -72,22 +81,45 @@ impl<B: Backend> RoutedLlama<B> {
     /// # Errors
     /// When the device has no room, or a tensor breaks an op's contract.
     pub fn new(
-        mut backend: B,
+        backend: B,
         checkpoint: &Checkpoint,
         options: ModelOptions,
     ) -> Result<Self, ModelError> {
-        let config = checkpoint.config.clone();
+        Self::build(backend, checkpoint, options, Rank(None))
+    }
+
+    /// As [`Self::new`], of the part that is this rank's. All ranks must then be given the same steps; each computes all logits and gates.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and heads, widths or blocks that ranks cannot share evenly.
+    pub fn sharded(
+        backend: B,
+        checkpoint: &Checkpoint,
+        options: ModelOptions,
+        ranks: Box<dyn Collective<B>>,
+    ) -> Result<Self, ModelError> {
+        Self::build(backend, checkpoint, options, Rank(Some(ranks)))
+    }
+
+    fn build(
+        mut backend: B,
+        checkpoint: &Checkpoint,
+        options: ModelOptions,
+        rank: Rank<B>,
+    ) -> Result<Self, ModelError> {
+        let shard = rank.shard();
+        let config = shard.config(&checkpoint.config)?;
         let kv_shape = footprint::kv_shape(&config, options.kv_blocks, options.kv_format);
         let limits = footprint::limits(&config, &options);
-        let weights = Weights::upload(&backend, checkpoint, options.weight_format)?;
+        let weights = Weights::upload(&backend, checkpoint, options.weight_format, shard)?;
         let mut rope = backend.exact_buffer(options.positions, config.head_dim)?;
         backend.write(&mut rope, &rope_table(&config, options.positions))?;
-        backend.reserve(&footprint::workload(checkpoint, &options))?;
+        backend.reserve(&footprint::workload(checkpoint, &config, &options))?;
         let width = footprint::expert_width(checkpoint);
         let mut model = Self {
             cache: backend.kv_cache(kv_shape)?,
             step: backend.step(limits)?,
-            activations: Activations::new(&backend, &config, &options, width)?,
+            activations: Activations::new(&backend, &config, &options, width, shard)?,
             weights,
             rope,
             kv_shape,
@@ -97,9 +129,13 @@ impl<B: Backend> RoutedLlama<B> {
             recorded: 0,
             replays: true,
             config,
+            rank,
             backend,
         };
-        model.record()?;
+        // Ranks meet outside of what a device can record.
+        if shard.is_whole() {
+            model.record()?;
+        }
         Ok(model)
     }
 
@@ -161,7 +197,11 @@ impl<B: Backend> RoutedLlama<B> {
         }
         let rows = (layout.tokens.len(), layout.logit_rows.len());
         let (mut pass, backend, step) = self.pass();
-        pass.run(backend, step, rows)
+        let done = pass.run(backend, step, rows);
+        if done.is_err() {
+            self.rank.abort();
+        }
+        done
     }
 
     /// Has the backend record the steps that it replays.
@@ -179,6 +219,7 @@ impl<B: Backend> RoutedLlama<B> {
             cache: &mut self.cache,
             activations: &mut self.activations,
             config: &self.config,
+            rank: &mut self.rank,
         };
         (pass, &mut self.backend, &mut self.step)
     }

@@ -1,5 +1,6 @@
 //! All ops of a step, in their order.
 
+use super::collective::Rank;
 use super::layer::{self, Activations};
 use super::weights::Weights;
 use crate::backend::{Backend, BackendError, ops};
@@ -13,6 +14,7 @@ pub(super) struct Pass<'a, B: Backend> {
     pub cache: &'a mut B::KvCache,
     pub activations: &'a mut Activations<B>,
     pub config: &'a LlamaConfig,
+    pub rank: &'a mut Rank<B>,
 }
 
 impl<B: Backend> Pass<'_, B> {
@@ -33,10 +35,11 @@ impl<B: Backend> Pass<'_, B> {
             let place = layer::Place {
                 index,
                 rows,
+                step,
                 config: self.config,
                 rope: self.rope,
             };
-            layer::forward(backend, layer, &place, step, self.cache, act)?;
+            layer::forward(backend, layer, &place, self.cache, act, self.rank)?;
         }
         backend.gather_rows(ops::GatherRows {
             step,

@@ -2,6 +2,7 @@
 
 use super::ModelError;
 use super::footprint::Store;
+use super::shard::{Piece, Shard};
 use crate::backend::ops::{ExpertShape, meets_integers};
 use crate::backend::{Backend, BackendError, HostMatrix, Matrix, WeightFormat};
 use crate::checkpoint::{
@@ -35,8 +36,10 @@ pub(super) struct LayerWeights<S: Store> {
     pub gate_up: S::Matrix,
     /// E (w + 2, m): A_s, A_h as [`Uploader::experts_dtype`] says, a, b in f32.
     pub experts: Option<(S::Matrix, ExpertShape)>,
-    /// (d, m), extended by [s_s B_s | s_h B_h] (d, w).
+    /// (d, m), extended by [s_s B_s | s_h B_h] (d, w) in a model that is whole.
     pub down: S::Matrix,
+    /// [s_s B_s | s_h B_h] (d, w) where ranks share m: the gates are known when their sum is.
+    pub lora_b: Option<S::Matrix>,
 }
 
 impl<S: Store> Weights<S> {
@@ -44,11 +47,13 @@ impl<S: Store> Weights<S> {
         store: &S,
         checkpoint: &Checkpoint,
         format: WeightFormat,
+        shard: Shard,
     ) -> Result<Self, ModelError> {
         let uploader = Uploader {
             store,
             config: &checkpoint.config,
             format,
+            shard,
         };
         let BaseTensors {
             embed_tokens,
@@ -81,7 +86,8 @@ impl<B: Backend> Weights<B> {
     /// What a decode step reads: all but an embedding that is not the head, of which it reads a row a sequence.
     pub(super) fn step_bytes(&self) -> usize {
         let layer = |layer: &LayerWeights<B>| {
-            let experts = layer.experts.as_ref().map_or(0, |(e, _)| e.bytes());
+            let lora_b = layer.lora_b.as_ref().map_or(0, Matrix::bytes);
+            let experts = lora_b + layer.experts.as_ref().map_or(0, |(e, _)| e.bytes());
             let base = [&layer.qkv, &layer.output, &layer.gate_up, &layer.down];
             experts + base.into_iter().map(Matrix::bytes).sum::<usize>()
         };
@@ -92,8 +98,10 @@ impl<B: Backend> Weights<B> {
 
 struct Uploader<'a, S> {
     store: &'a S,
+    /// Of the whole model.
     config: &'a LlamaConfig,
     format: WeightFormat,
+    shard: Shard,
 }
 
 impl<S: Store> Uploader<'_, S> {
@@ -110,37 +118,47 @@ impl<S: Store> Uploader<'_, S> {
             v_proj,
             ..
         } = tensors;
-        let d = self.config.hidden_size;
+        let rows = |part: &str, tensors: &[&HostTensor]| {
+            let name = name(part);
+            let pieces = tensors.iter().map(|of| self.shard.rows(&name, of));
+            self.matrix(&name, &pieces.collect::<Result<Vec<_>, _>>()?, None)
+        };
+        let columns = |part: &str, tensor, extension: Option<&Piece<'_>>| {
+            let name = name(part);
+            let piece = self.shard.columns(&name, tensor)?;
+            self.matrix(&name, &[piece], extension)
+        };
         let kept = self.experts_dtype(&tensors.down_proj, experts);
-        let extension = experts
-            .map(|experts| {
-                let values = extension(experts, index, d);
-                SmallMatrix::new(&name("mlp.experts.B"), d, &values, kept)
-            })
-            .transpose()?;
-        let extension = extension.as_ref().map(SmallMatrix::host);
-        let down = self.matrix(&name("mlp.down_proj"), &[&tensors.down_proj], extension)?;
+        let lora_b = experts.map(|experts| {
+            let d = self.config.hidden_size;
+            let values = lora_b(experts, index, d);
+            small(&name("mlp.experts.B"), d, &values, kept)
+        });
+        let lora_b = lora_b.transpose()?;
+        let (extension, apart) = match self.shard.is_whole() {
+            true => (lora_b.as_ref(), None),
+            false => (None, lora_b.as_ref()),
+        };
         Ok(LayerWeights {
             input_norm: self.vector(&tensors.input_layernorm)?,
-            qkv: self.matrix(&name("self_attn.qkv_proj"), &[q_proj, k_proj, v_proj], None)?,
-            output: self.matrix(&name("self_attn.o_proj"), &[&tensors.o_proj], None)?,
+            qkv: rows("self_attn.qkv_proj", &[q_proj, k_proj, v_proj])?,
+            output: columns("self_attn.o_proj", &tensors.o_proj, None)?,
             mlp_norm: self.vector(&tensors.post_attention_layernorm)?,
-            gate_up: self.matrix(
-                &name("mlp.gate_up_proj"),
-                &[&tensors.gate_proj, &tensors.up_proj],
-                None,
-            )?,
+            gate_up: rows("mlp.gate_up_proj", &[&tensors.gate_proj, &tensors.up_proj])?,
             experts: experts
                 .map(|experts| self.experts(&name("mlp.experts.A"), experts, index, kept))
                 .transpose()?,
-            down,
+            down: columns("mlp.down_proj", &tensors.down_proj, extension)?,
+            lora_b: apart
+                .map(|piece| self.stored(&name("mlp.experts.B"), piece))
+                .transpose()?,
         })
     }
 
     /// How the experts' A and s B are kept beside this base: f32 beside f32, q8_0 where h is made int8 for a base in blocks, else bf16.
     /// Beside a 4-bit base of 135 M parameters bf16 would be 5 % of a decode step's bytes.
     fn experts_dtype(&self, base: &HostTensor, experts: Option<&Experts>) -> DType {
-        let cols = base.shape()[1];
+        let cols = base.shape()[1] / self.shard.ranks();
         let kept = self.format.kept(base.dtype(), cols);
         let width = experts.map_or(0, Experts::width);
         let integers = self.store.quantises()
@@ -176,8 +194,12 @@ impl<S: Store> Uploader<'_, S> {
             gates.helpfulness.weight.as_slice(),
         ];
         let width = experts.width();
-        let lora_a = SmallMatrix::new(name, width, &lora_a.concat(), kept)?;
-        let gate_rows = SmallMatrix::new(name, 2, &gate_rows.concat(), DType::F32)?;
+        let own = |rows: [&[f32]; 2]| {
+            let m = self.config.intermediate_size;
+            self.shard.columns_of(&rows.concat(), m)
+        };
+        let lora_a = small(name, width, &own(lora_a), kept)?;
+        let gate_rows = small(name, 2, &own(gate_rows), DType::F32)?;
         let shape = ExpertShape {
             safety_rank: safety.rank,
             helpfulness_rank: helpfulness.rank,
@@ -195,25 +217,27 @@ impl<S: Store> Uploader<'_, S> {
             format => format,
         };
         let uploader = Self { format, ..*self };
-        uploader.matrix(name, &[tensor], None)
+        uploader.matrix(name, &[Piece::of(tensor)], None)
     }
 
     fn matrix(
         &self,
         name: &str,
-        parts: &[&HostTensor],
-        extension: Option<HostMatrix<'_>>,
+        pieces: &[Piece<'_>],
+        extension: Option<&Piece<'_>>,
     ) -> Result<S::Matrix, ModelError> {
-        let parts: Vec<HostMatrix<'_>> = parts
-            .iter()
-            .map(|tensor| HostMatrix {
-                rows: tensor.shape()[0],
-                cols: tensor.shape()[1],
-                dtype: tensor.dtype(),
-                bytes: tensor.bytes(),
-            })
-            .collect();
-        let matrix = self.store.matrix(&parts, extension, self.format);
+        let parts: Vec<HostMatrix<'_>> = pieces.iter().map(Piece::host).collect();
+        let matrix = self
+            .store
+            .matrix(&parts, extension.map(Piece::host), self.format);
+        matrix.map_err(|source| weights_error(name, source))
+    }
+
+    /// Kept as it is.
+    fn stored(&self, name: &str, piece: &Piece<'_>) -> Result<S::Matrix, ModelError> {
+        let matrix = self
+            .store
+            .matrix(&[piece.host()], None, WeightFormat::Stored);
         matrix.map_err(|source| weights_error(name, source))
     }
 
@@ -232,48 +256,35 @@ fn weights_error(name: &str, source: BackendError) -> ModelError {
     }
 }
 
-/// A matrix of experts or gates on its way to the device.
-struct SmallMatrix {
+/// A matrix (rows, values / rows) of experts or gates, kept in f32, rounded to bf16, or in q8_0 (whole blocks) if that is harmless, else in
+/// bf16.
+fn small(
+    name: &str,
     rows: usize,
-    cols: usize,
-    dtype: DType,
-    bytes: Vec<u8>,
-}
-
-impl SmallMatrix {
-    /// (rows, values / rows), kept in f32, rounded to bf16, or in q8_0 (whole blocks) if that is harmless, else in bf16.
-    fn new(name: &str, rows: usize, values: &[f32], kept: DType) -> Result<Self, ModelError> {
-        let blocks = (kept == DType::Q8_0).then(|| harmless_q8_0(values));
-        let (dtype, bytes) = match (kept, blocks.flatten()) {
-            (_, Some(bytes)) => (DType::Q8_0, bytes),
-            (DType::F32, None) => {
-                let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-                (DType::F32, bytes)
-            }
-            _ => {
-                let bytes = dtype::bf16_bytes(values).map_err(|value| ModelError::TooLarge {
-                    name: name.to_owned(),
-                    value,
-                })?;
-                (DType::BF16, bytes)
-            }
-        };
-        Ok(Self {
-            rows,
-            cols: values.len() / rows.max(1),
-            dtype,
-            bytes,
-        })
-    }
-
-    fn host(&self) -> HostMatrix<'_> {
-        HostMatrix {
-            rows: self.rows,
-            cols: self.cols,
-            dtype: self.dtype,
-            bytes: &self.bytes,
+    values: &[f32],
+    kept: DType,
+) -> Result<Piece<'static>, ModelError> {
+    let blocks = (kept == DType::Q8_0).then(|| harmless_q8_0(values));
+    let (dtype, bytes) = match (kept, blocks.flatten()) {
+        (_, Some(bytes)) => (DType::Q8_0, bytes),
+        (DType::F32, None) => {
+            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            (DType::F32, bytes)
         }
-    }
+        _ => {
+            let bytes = dtype::bf16_bytes(values).map_err(|value| ModelError::TooLarge {
+                name: name.to_owned(),
+                value,
+            })?;
+            (DType::BF16, bytes)
+        }
+    };
+    Ok(Piece {
+        rows,
+        cols: values.len() / rows.max(1),
+        dtype,
+        bytes: bytes.into(),
+    })
 }
 
 /// q8_0 of `values`, if it is within 1 % of them (in norm; numbers as they are trained come to 0.6 %): where all are so small that an f16
@@ -289,7 +300,7 @@ fn harmless_q8_0(values: &[f32]) -> Option<Vec<u8>> {
 }
 
 /// [s_s B_s | s_h B_h] (d, w) of layer `index` (MIDPO.md 1, "One write").
-fn extension(experts: &Experts, index: usize, d: usize) -> Vec<f32> {
+fn lora_b(experts: &Experts, index: usize, d: usize) -> Vec<f32> {
     let width = experts.width();
     let scaled_row = |expert: &Expert, row: usize| {
         let b = &expert.layers[index].lora_b[row * expert.rank..][..expert.rank];

@@ -682,6 +682,11 @@ fn check_mix(case: &MixCase, cuda: &mut Cuda<TestDriver>) {
     assert_close(&label, tolerance.bf16, &got, &want);
     // The gates' rows of E meet h in f32.
     assert_close(&label, tolerance.f32, &got_gates, &want_gates);
+    if case.experts.is_some() {
+        let (hu, gates) = case.run_apart(cuda, 0..n);
+        assert_same_bits(&label, &hu, &got);
+        assert_same_bits(&label, &gates, &got_gates);
+    }
     for (i, rule) in case.gates.iter().enumerate().step_by(5) {
         let alone = case.run(cuda, i..i + 1);
         assert_same_bits(&label, &alone.0, &got[i * width..][..width]);

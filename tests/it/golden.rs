@@ -47,19 +47,32 @@ pub(crate) fn load(name: &str, experts: bool) -> Checkpoint {
     checkpoint::load(&sources).unwrap()
 }
 
+/// Exact K and V, room for one sequence.
+pub(crate) fn options(weight_format: WeightFormat) -> ModelOptions {
+    ModelOptions {
+        rows: POSITIONS,
+        logit_rows: POSITIONS,
+        sequences: 1,
+        positions: POSITIONS,
+        kv_blocks: POSITIONS / BLOCK_TOKENS,
+        kv_format: KvFormat::F32,
+        weight_format,
+    }
+}
+
 /// One sequence at a time on a real model: what the goldens are about.
-struct Runner<B: Backend> {
-    model: RoutedLlama<B>,
+pub(crate) struct Runner<B: Backend> {
+    pub(crate) model: RoutedLlama<B>,
     blocks: Vec<BlockId>,
 }
 
 /// All positions of one sequence.
 #[derive(Debug, Default, PartialEq)]
-struct Pass {
+pub(crate) struct Pass {
     /// (T, V).
-    logits: Vec<f32>,
+    pub(crate) logits: Vec<f32>,
     /// (T, 2L).
-    gates: Vec<f32>,
+    pub(crate) gates: Vec<f32>,
 }
 
 impl<B: Backend> Runner<B> {
@@ -68,26 +81,24 @@ impl<B: Backend> Runner<B> {
     }
 
     fn with_weights(backend: B, checkpoint: &Checkpoint, weight_format: WeightFormat) -> Self {
-        let kv_blocks = POSITIONS / BLOCK_TOKENS;
-        let options = ModelOptions {
-            rows: POSITIONS,
-            logit_rows: POSITIONS,
-            sequences: 1,
-            positions: POSITIONS,
-            kv_blocks,
-            kv_format: KvFormat::F32,
-            weight_format,
-        };
+        Self::of(RoutedLlama::new(backend, checkpoint, options(weight_format)).unwrap())
+    }
+
+    pub(crate) fn of(model: RoutedLlama<B>) -> Self {
         // Backwards, so that a backend that ignores the block table fails.
-        let blocks = (0..kv_blocks as u32).rev().map(BlockId::new).collect();
-        Self {
-            model: RoutedLlama::new(backend, checkpoint, options).unwrap(),
-            blocks,
-        }
+        let blocks = (0..model.limits().blocks as u32).rev();
+        let blocks = blocks.map(BlockId::new).collect();
+        Self { model, blocks }
     }
 
     /// Computes `ids` from position `start` on, in chunks of `chunk`.
-    fn extend(&mut self, ids: &[TokenId], start: usize, gates: GateOverride, chunk: usize) -> Pass {
+    pub(crate) fn extend(
+        &mut self,
+        ids: &[TokenId],
+        start: usize,
+        gates: GateOverride,
+        chunk: usize,
+    ) -> Pass {
         let mut pass = Pass::default();
         for (index, tokens) in ids.chunks(chunk).enumerate() {
             let start = start + index * chunk;
@@ -127,13 +138,13 @@ impl<B: Backend> Runner<B> {
     }
 }
 
-struct Goldens {
+pub(crate) struct Goldens {
     manifest: Value,
     file: Vec<u8>,
 }
 
 impl Goldens {
-    fn open(name: &str) -> Self {
+    pub(crate) fn open(name: &str) -> Self {
         let dir = fixture(name).join("golden");
         let manifest = std::fs::read(dir.join("manifest.json")).unwrap();
         let file = std::fs::read(dir.join("inference_f32.safetensors")).unwrap();
@@ -156,7 +167,7 @@ impl Goldens {
         )
     }
 
-    fn ids(&self, prompt: &str) -> Vec<TokenId> {
+    pub(crate) fn ids(&self, prompt: &str) -> Vec<TokenId> {
         let tensors = SafeTensors::deserialize(&self.file).unwrap();
         let bytes = tensors
             .tensor(&format!("{prompt}.input_ids"))
@@ -176,7 +187,7 @@ impl Goldens {
     }
 }
 
-fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len(), "{what}: length");
     let worst = got
         .iter()
@@ -190,9 +201,13 @@ fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
 }
 
 fn check_goldens<B: Backend>(model: &str, backend: B, chunk: usize) {
-    let goldens = Goldens::open(model);
     // A bf16 base stays exact in f32, and its experts are then kept in f32 too, as the authors' numbers were computed.
-    let mut runner = Runner::with_weights(backend, &load(model, true), WeightFormat::F32);
+    let runner = Runner::with_weights(backend, &load(model, true), WeightFormat::F32);
+    check_runner(model, runner, chunk);
+}
+
+pub(crate) fn check_runner<B: Backend>(model: &str, mut runner: Runner<B>, chunk: usize) {
+    let goldens = Goldens::open(model);
     let (layers, vocabulary) = (runner.model.layers(), runner.model.vocabulary());
     for prompt in goldens.prompts() {
         let name = prompt["name"].as_str().unwrap();
@@ -365,18 +380,12 @@ fn empty_layout() -> StepLayout<'static> {
 fn check_rounded<B: Backend>(backend: B, model: &str, chunk: usize) {
     let goldens = Goldens::open(model);
     let options = ModelOptions {
-        rows: POSITIONS,
-        logit_rows: POSITIONS,
-        sequences: 1,
-        positions: POSITIONS,
-        kv_blocks: POSITIONS / BLOCK_TOKENS,
         kv_format: KvFormat::BF16,
-        weight_format: WeightFormat::BF16,
+        ..options(WeightFormat::BF16)
     };
-    let blocks = (0..options.kv_blocks as u32).map(BlockId::new).collect();
     let what = format!("{model} on {} in chunks of {chunk}", backend.name());
     let model = RoutedLlama::new(backend, &load(model, true), options).unwrap();
-    let mut runner = Runner { model, blocks };
+    let mut runner = Runner::of(model);
     for variant in [Variant::Routed, Variant::Base, Variant::Both] {
         let pass = runner.extend(&goldens.ids("chat"), 0, variant.gates(), chunk);
         let key = format!("chat.{}.logits", variant.as_str());

@@ -16,5 +16,6 @@ mod http;
 mod ops;
 mod pairs;
 mod simulation;
+mod tensor_parallel;
 mod text;
 mod train;

@@ -938,6 +938,73 @@ impl MixCase {
         rows: std::ops::Range<usize>,
     ) -> (B::Buffer, B::Buffer) {
         let n = rows.len();
+        let (step, gate_up, experts) = self.operands(backend, rows);
+        let mut hu = backend.buffer(n, self.m + self.width()).unwrap();
+        let mut gates = exact(backend, n, 6, &vec![9.0; n * 6]);
+        let call = ops::SiluMulExpertMix {
+            step: &step,
+            layer: 1,
+            gate_up: &gate_up,
+            experts: experts.as_ref().map(|(e, shape)| (e, *shape)),
+            hu: &mut hu,
+            gates: &mut gates,
+            z: None,
+        };
+        backend.silu_mul_expert_mix(call).unwrap();
+        (hu, gates)
+    }
+
+    /// As [`Self::run`], with z on its way through memory.
+    pub(crate) fn run_apart<B: Backend>(
+        &self,
+        backend: &mut B,
+        rows: std::ops::Range<usize>,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let (n, m, w) = (rows.len(), self.m, self.width());
+        let (step, gate_up, experts) = self.operands(backend, rows);
+        let mut h = backend.buffer(n, m).unwrap();
+        let mut z = exact(backend, n, w + 2, &vec![9.0; n * (w + 2)]);
+        let mut gates = exact(backend, n, 6, &vec![9.0; n * 6]);
+        let (e, shape) = experts.unwrap();
+        let call = ops::SiluMulExpertMix {
+            step: &step,
+            layer: 1,
+            gate_up: &gate_up,
+            experts: Some((&e, shape)),
+            hu: &mut h,
+            gates: &mut gates,
+            z: Some(&mut z),
+        };
+        backend.silu_mul_expert_mix(call).unwrap();
+        let untouched = backend.read(&mut gates, n).unwrap();
+        assert!(untouched.iter().all(|gate| *gate == 9.0));
+        let mut u = backend.buffer(n, w).unwrap();
+        let call = ops::ExpertMix {
+            step: &step,
+            layer: 1,
+            shape,
+            z: &z,
+            u: &mut u,
+            gates: &mut gates,
+        };
+        backend.expert_mix(call).unwrap();
+        let h = backend.read(&mut h, n).unwrap().to_vec();
+        let u = backend.read(&mut u, n).unwrap().to_vec();
+        let hu = (0..n).flat_map(|i| [&h[i * m..][..m], &u[i * w..][..w]].concat());
+        (hu.collect(), backend.read(&mut gates, n).unwrap().to_vec())
+    }
+
+    fn width(&self) -> usize {
+        self.experts.as_ref().map_or(0, |(_, shape)| shape.width())
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn operands<B: Backend>(
+        &self,
+        backend: &mut B,
+        rows: std::ops::Range<usize>,
+    ) -> (B::Step, B::Buffer, Option<(B::Matrix, ExpertShape)>) {
+        let n = rows.len();
         let tokens = vec![TokenId(0); n];
         // Each row a sequence of its own, so that each has its own rule.
         let tables: Vec<_> = (0..n).map(|i| [BlockId::new(i as u32)]).collect();
@@ -962,22 +1029,9 @@ impl MixCase {
             let [lora_a, gates] = e.each_ref().map(Weights::host);
             (backend.experts(lora_a, gates).unwrap(), *shape)
         });
-        let w = experts.as_ref().map_or(0, |(_, shape)| shape.width());
         let m = self.m;
         let values = &self.gate_up[rows.start * 2 * m..rows.end * 2 * m];
-        let gate_up = filled(backend, n, 2 * m, values);
-        let mut hu = backend.buffer(n, m + w).unwrap();
-        let mut gates = exact(backend, n, 6, &vec![9.0; n * 6]);
-        let call = ops::SiluMulExpertMix {
-            step: &step,
-            layer: 1,
-            gate_up: &gate_up,
-            experts: experts.as_ref().map(|(e, shape)| (e, *shape)),
-            hu: &mut hu,
-            gates: &mut gates,
-        };
-        backend.silu_mul_expert_mix(call).unwrap();
-        (hu, gates)
+        (step, filled(backend, n, 2 * m, values), experts)
     }
 }
 
@@ -1017,6 +1071,11 @@ fn check_mix(case: &MixCase, cpus: &mut [Vec<Cpu>]) {
                 assert_close(&what, tolerance, &got, &want);
             }
             assert_close(&what, tolerance, &got_gates, &want_gates);
+            if case.experts.is_some() {
+                let (hu, gates) = case.run_apart(cpu, 0..n);
+                assert_same_bits(&what, &hu, &got);
+                assert_same_bits(&what, &gates, &got_gates);
+            }
             for (i, rule) in case.gates.iter().enumerate().step_by(7) {
                 let alone = case.run(cpu, i..i + 1);
                 assert_same_bits(&what, &alone.0, &got[i * width..][..width]);

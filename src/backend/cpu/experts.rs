@@ -16,6 +16,7 @@ use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, load_some, silu, store_some};
 use crate::backend::ops::{ExpertShape, INT8_BLOCK, bind_parts};
 use crate::backend::{BackendError, HostMatrix, HostSequence, HostStep, Matrix};
+use crate::types::GateOverride;
 
 /// Inputs in a split: a multiple of every format's unit.
 pub const SPLIT: usize = 256;
@@ -43,6 +44,8 @@ pub struct Context<'a> {
     pub gates: &'a Parts<'a, f32>,
     /// Numbers in a row of `gates`.
     pub gates_width: usize,
+    /// (n, w + 2): takes z instead.
+    pub z: Option<&'a Parts<'a, f32>>,
     /// Receives hu as block formats meet it: the blocks of h, then those of u; of no length where E is of floats.
     pub blocks: int8::Blocks,
 }
@@ -304,31 +307,44 @@ impl Context<'_> {
         }
     }
 
-    /// Gates and u of a row.
+    /// Gates and u of a row, or its z alone.
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, row: usize, z: &[f32], shape: &ExpertShape) {
-        let width = shape.width();
-        let rules = self.sequence_of(row).gates;
-        let alpha = rules.safety.apply(z[width] + shape.safety_bias);
-        let beta = rules
-            .helpfulness
-            .apply(z[width + 1] + shape.helpfulness_bias);
-        // SAFETY: a row is one chunk's.
+        if let Some(part) = self.z {
+            // SAFETY: a row is one chunk's.
+            return unsafe { part.slice(row * z.len(), z.len()) }.copy_from_slice(z);
+        }
+        // SAFETY: as above.
         let (u, gates) = unsafe {
             let gates_at = row * self.gates_width + 2 * self.layer;
             (
-                self.hu.slice(row * self.hu_width + self.m, width),
+                self.hu.slice(row * self.hu_width + self.m, shape.width()),
                 self.gates.slice(gates_at, 2),
             )
         };
-        for (j, u) in u.iter_mut().enumerate() {
-            *u = z[j] * if j < shape.safety_rank { alpha } else { beta };
-        }
-        gates.copy_from_slice(&[alpha, beta]);
+        mixed(z, shape, self.sequence_of(row).gates, (u, gates));
         self.quantise(simd, row, self.m, u);
     }
 
     fn sequence_of(&self, row: usize) -> HostSequence<'_> {
         self.step.sequence(self.step.sequence_of(row))
     }
+}
+
+/// u and both gates of a row's z.
+pub fn mixed(
+    z: &[f32],
+    shape: &ExpertShape,
+    rules: GateOverride,
+    (u, gates): (&mut [f32], &mut [f32]),
+) {
+    let width = shape.width();
+    let alpha = rules.safety.apply(z[width] + shape.safety_bias);
+    let beta = rules
+        .helpfulness
+        .apply(z[width + 1] + shape.helpfulness_bias);
+    for (j, u) in u.iter_mut().enumerate() {
+        *u = z[j] * if j < shape.safety_rank { alpha } else { beta };
+    }
+    gates.copy_from_slice(&[alpha, beta]);
 }

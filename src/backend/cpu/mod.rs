@@ -29,7 +29,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::ops::{
-    Attention, Embed, GatherRows, INT8_BLOCK, MatMul, MatMulAxes, RmsNorm, RopeKvWrite,
+    Attention, Embed, ExpertMix, GatherRows, INT8_BLOCK, MatMul, MatMulAxes, RmsNorm, RopeKvWrite,
     SiluMulExpertMix, bind_read, bind_write,
 };
 use super::{
@@ -534,6 +534,7 @@ impl Backend for Cpu {
         self.shared.quantised.set(integers.then_some(made));
         let hu = Parts::new(&mut args.hu.values);
         let gates = Parts::new(&mut args.gates.values);
+        let z = args.z.map(|z| Parts::new(&mut z.values));
         let context = experts::Context {
             step: args.step,
             layer: args.layer,
@@ -544,6 +545,7 @@ impl Backend for Cpu {
             hu_width,
             gates: &gates,
             gates_width,
+            z: z.as_ref(),
             blocks,
         };
         let (level, scratch) = (self.level, &self.scratch);
@@ -572,6 +574,21 @@ impl Backend for Cpu {
         if outputs > 0 {
             let job = experts::Job::Finish(0..n, &self.shared.parts);
             mix(level, scratch, 0, context, job);
+        }
+        Ok(())
+    }
+
+    fn expert_mix(&mut self, args: ExpertMix<'_, Self>) -> Result<(), BackendError> {
+        self.shared.quantised.take();
+        args.bind(args.step.rows())?;
+        let (z_width, u_width, gates_width) = (args.z.width, args.u.width, args.gates.width);
+        for sequence in args.step.sequences() {
+            for (row, _) in sequence.placed_rows() {
+                let z = &args.z.values[row * z_width..][..z_width];
+                let u = &mut args.u.values[row * u_width..][..u_width];
+                let gates = &mut args.gates.values[row * gates_width + 2 * args.layer..][..2];
+                experts::mixed(z, &args.shape, sequence.gates, (u, gates));
+            }
         }
         Ok(())
     }

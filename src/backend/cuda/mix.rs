@@ -1,8 +1,13 @@
-//! `kernels/silu_mul_expert_mix.cu`.
+//! `kernels/silu_mul_expert_mix.cu` and `kernels/expert_mix.cu`.
 
 use super::driver::{Driver, kernel};
-use super::tiles::{MIX_BLOCKS, MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP};
-use super::{Arg, BackendError, Cuda, SiluMulExpertMix, StepLimits, Workload, int, unsupported};
+use super::tiles::{
+    EXPERT_MIX_THREADS, MIX_BLOCKS, MIX_COLS, MIX_ROWS, MIX_THREADS, MIX_WIDTH, WARP,
+};
+use super::{
+    Arg, BackendError, Buffer, Cuda, ExpertMix, SiluMulExpertMix, StepLimits, Workload, int,
+    unsupported,
+};
 
 /// `sizeof(MixShared<T>)`: h and A in rows that are 16 bytes longer than they are, a product a warp, dots of parts of rows, gates, the flag of
 /// the last block.
@@ -56,6 +61,7 @@ pub(super) fn silu_mul_expert_mix<D: Driver>(
     let splits = m.div_ceil(MIX_COLS);
     let experts = ExpertOperands::of(cuda, args, splits)?;
     let driver = &cuda.driver;
+    let z = args.z.as_ref();
     // A block keeps its part of A from tile to tile: where there are many, it takes some.
     let tiles = n.div_ceil(MIX_ROWS);
     let tiles_a_block = (tiles * splits).div_ceil(MIX_BLOCKS);
@@ -69,6 +75,7 @@ pub(super) fn silu_mul_expert_mix<D: Driver>(
         Arg::Pointer(args.step.rules(driver)),
         Arg::Pointer(args.step.sequence_of(driver)),
         Arg::Pointer(experts.gates),
+        Arg::Pointer(z.map_or(Ok(0), |z| z.exact(driver, op, "z"))?),
         Arg::Pointer(experts.partials),
         Arg::Pointer(experts.arrived),
         int(n),
@@ -78,10 +85,53 @@ pub(super) fn silu_mul_expert_mix<D: Driver>(
         int(args.hu.stride()),
         int(args.gate_up.stride()),
         int(args.gates.stride()),
+        int(z.map_or(0, |z| z.stride())),
         int(tiles_a_block),
     ];
     let grid = ([splits, tiles.div_ceil(tiles_a_block), 1], MIX_THREADS);
     cuda.launch(kernel!("silu_mul_expert_mix"), grid, SHARED_BYTES, &list)
+}
+
+pub(super) fn expert_mix<D: Driver>(
+    cuda: &mut Cuda<D>,
+    args: &ExpertMix<'_, Cuda<D>>,
+) -> Result<(), BackendError> {
+    let op = "expert_mix";
+    let (n, shape, driver) = (args.step.host().rows(), args.shape, &cuda.driver);
+    args.bind(n)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let list = [
+        Arg::Pointer(args.u.activations(driver, op, "u")?),
+        Arg::Pointer(args.z.exact(driver, op, "z")?),
+        Arg::F32(shape.safety_bias),
+        Arg::F32(shape.helpfulness_bias),
+        Arg::Pointer(args.step.rules(driver)),
+        Arg::Pointer(args.step.sequence_of(driver)),
+        Arg::Pointer(gate_columns(driver, op, args.gates, args.layer)?),
+        int(shape.width()),
+        int(shape.safety_rank),
+        int(args.u.stride()),
+        int(args.z.stride()),
+        int(args.gates.stride()),
+    ];
+    cuda.launch(
+        kernel!("expert_mix"),
+        ([n, 1, 1], EXPERT_MIX_THREADS),
+        0,
+        &list,
+    )
+}
+
+/// Both columns of `layer`.
+fn gate_columns<D: Driver>(
+    driver: &D,
+    op: &'static str,
+    gates: &Buffer<D>,
+    layer: usize,
+) -> Result<u64, BackendError> {
+    Ok(gates.exact(driver, op, "gates")? + 8 * layer as u64)
 }
 
 /// What the experts add to the kernel's arguments; all null for a plain Llama.
@@ -113,12 +163,11 @@ impl ExpertOperands {
             unsupported(op, "e", "what Backend::experts makes", found)
         })?;
         let rooms = Rooms::new(args.step.host().limits(), splits * MIX_COLS, shape.width());
-        let column = args.gates.exact(driver, op, "gates")? + 8 * args.layer as u64;
         Ok(Self {
             a: e.address(driver),
             gate_rows,
             biases: [shape.safety_bias, shape.helpfulness_bias],
-            gates: column,
+            gates: gate_columns(driver, op, args.gates, args.layer)?,
             partials: cuda.mix_partials.reserve(driver, rooms.partials)?,
             arrived: cuda.mix_arrived.reserve(driver, rooms.arrived)?,
             width: shape.width(),

@@ -21,8 +21,8 @@ pub use memory::{Buffer, DeviceCache, DeviceMatrix};
 pub use step::DeviceStep;
 
 use super::ops::{
-    self, Attention, Embed, GatherRows, MatMul, RmsNorm, RopeKvWrite, SiluMulExpertMix, bind_read,
-    bind_write,
+    self, Attention, Embed, ExpertMix, GatherRows, MatMul, RmsNorm, RopeKvWrite, SiluMulExpertMix,
+    bind_read, bind_write,
 };
 use super::{
     Backend, BackendError, HostMatrix, KvFormat, KvShape, RecordedPass, SampleRow, Sampled,
@@ -418,6 +418,10 @@ impl<D: Driver> Backend for Cuda<D> {
         args: SiluMulExpertMix<'_, Self>,
     ) -> Result<(), BackendError> {
         mix::silu_mul_expert_mix(self, &args)
+    }
+
+    fn expert_mix(&mut self, args: ExpertMix<'_, Self>) -> Result<(), BackendError> {
+        mix::expert_mix(self, &args)
     }
 
     fn gather_rows(&mut self, args: GatherRows<'_, Self>) -> Result<(), BackendError> {

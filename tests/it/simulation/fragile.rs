@@ -205,6 +205,7 @@ impl Backend for Fragile {
             experts,
             hu,
             gates,
+            z,
         } = args;
         self.inner.silu_mul_expert_mix(ops::SiluMulExpertMix {
             step,
@@ -212,6 +213,26 @@ impl Backend for Fragile {
             gate_up,
             experts,
             hu,
+            gates,
+            z,
+        })
+    }
+
+    fn expert_mix(&mut self, args: ops::ExpertMix<'_, Self>) -> Made<()> {
+        let ops::ExpertMix {
+            step,
+            layer,
+            shape,
+            z,
+            u,
+            gates,
+        } = args;
+        self.inner.expert_mix(ops::ExpertMix {
+            step,
+            layer,
+            shape,
+            z,
+            u,
             gates,
         })
     }
