@@ -133,7 +133,7 @@ impl<B: Backend> Cases<B> {
         self.reserve(heads, (m, vocabulary), most);
         let formats: &[KvFormat] = match self.on_gpu {
             true => &[KvFormat::BF16, KvFormat::FP8],
-            false => &[KvFormat::BF16, KvFormat::F32],
+            false => &[KvFormat::BF16, KvFormat::F32, KvFormat::INT8],
         };
         for format in formats.iter().copied() {
             for shape in [

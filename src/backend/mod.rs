@@ -20,6 +20,8 @@ pub use open::{
 pub use sample::{SampleFault, SampleRow, Sampled};
 pub use step::{HostSequence, HostStep, StepLayout, StepLimits, StepSequence, Workload};
 
+use half::bf16;
+
 use crate::dtype::{BlockType, DType};
 
 /// Rows of equal width.
@@ -111,6 +113,8 @@ pub enum KvFormat {
     F32,
     /// A byte a number and a scale a head: [`ops::quantise_head`].
     FP8,
+    /// A byte a number and a scale a head: [`ops::HeadScale`].
+    INT8,
 }
 
 impl KvFormat {
@@ -120,6 +124,7 @@ impl KvFormat {
             Self::BF16 => 2 * size,
             Self::F32 => 4 * size,
             Self::FP8 => size + size_of::<f32>(),
+            Self::INT8 => size + size_of::<bf16>(),
         }
     }
 }

@@ -4,6 +4,8 @@
 //! Axes: `n` rows of the step (tokens), `d` hidden size, `m` MLP width, `k` inputs and `o` outputs of a matrix, `w` = both
 //! experts' ranks together, `r` rows whose logits are wanted, `l` layers, `c` head size, `p` positions.
 
+use half::bf16;
+
 use super::e4m3;
 use super::step::HostStep;
 use super::{Backend, BackendError, HostMatrix, KvShape, Matrix, Shaped, WeightFormat};
@@ -124,11 +126,51 @@ pub fn widen_head(codes: &[u8], scale: f32, x: &mut [f32]) {
     }
 }
 
+/// How [`super::KvFormat::INT8`] keeps K or V of a head: codes[i] = round(x[i] / scale), to nearest even, with the scale max|x| / 127 in
+/// bf16. The scale is NaN where x is not finite, and 0 where all of x is below [`INT8_LEAST`].
+#[derive(Clone, Copy, Debug)]
+pub struct HeadScale {
+    /// What a code is worth.
+    pub scale: bf16,
+    /// What numbers are multiplied by, before they are rounded.
+    pub inverse: f32,
+}
+
+impl HeadScale {
+    /// That of a head.
+    pub fn of(x: &[f32]) -> Self {
+        let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        Self::new(most, x.iter().map(|x| x * 0.0).sum())
+    }
+
+    /// Of max|x|, and the sum of all x * 0.
+    #[inline(always)]
+    pub fn new(most: f32, broken: f32) -> Self {
+        let scale = match most < INT8_LEAST {
+            true => bf16::ZERO,
+            false => bf16::from_f32(most / 127.0),
+        };
+        let inverse = match scale == bf16::ZERO {
+            true => 0.0,
+            false => 1.0 / scale.to_f32(),
+        };
+        Self {
+            scale: bf16::from_f32(scale.to_f32() + broken),
+            inverse,
+        }
+    }
+
+    /// Of one of its numbers.
+    pub fn code(self, x: f32) -> i8 {
+        (x * self.inverse).round_ties_even() as i8
+    }
+}
+
 /// Rotary embedding of q and k, and the new rows of the K/V cache.
 pub const ROPE_KV_WRITE: Op = Op {
     name: "rope_kv_write",
     formula: "for q and k: (x_i, x_{i+c/2}) -> (x_i cos - x_{i+c/2} sin, x_{i+c/2} cos + x_i sin); k, v -> cache, each head's c numbers by \
-              quantise_head where the cache is of KvFormat::FP8",
+              quantise_head where the cache is of KvFormat::FP8, HeadScale where of KvFormat::INT8",
     operands: &[(">qkv", "n qkv"), ("rope", "p c")],
     layout: "a row of qkv: q heads, k heads, v heads; a row of rope: c/2 cosines, c/2 sines",
     tolerance: SUMS,

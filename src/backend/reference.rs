@@ -5,9 +5,9 @@ use std::ops::Range;
 use half::bf16;
 
 use super::ops::{
-    Attention, Embed, ExpertMix, ExpertShape, GatherRows, Heads, INT8_BLOCK, MatMul, RmsNorm,
-    RopeKvWrite, SiluMulExpertMix, bind_parts, meets_integers, quantise_block, quantise_head,
-    widen_head,
+    Attention, Embed, ExpertMix, ExpertShape, GatherRows, HeadScale, Heads, INT8_BLOCK, MatMul,
+    RmsNorm, RopeKvWrite, SiluMulExpertMix, bind_parts, meets_integers, quantise_block,
+    quantise_head, widen_head,
 };
 use super::step::HostStep;
 use super::{
@@ -129,6 +129,12 @@ impl PlainCache {
                 let mut codes = vec![0; head.len()];
                 let scale = quantise_head(head, &mut codes);
                 widen_head(&codes, scale, &mut stored);
+            }
+            KvFormat::INT8 => {
+                let rule = HeadScale::of(head);
+                for x in &mut stored {
+                    *x = f32::from(rule.code(*x)) * rule.scale.to_f32();
+                }
             }
         }
         stored

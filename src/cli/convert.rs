@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use super::perplexity::{Forms, Report};
+use super::perplexity::{Form, Forms, Report};
 use super::{CliError, engine, logging};
 use crate::backend::WeightFormat;
 use crate::checkpoint::{self, Checkpoint, Overwrite};
@@ -89,8 +89,8 @@ fn cost(source: &ModelSource, dtype: WeightDType, text: Option<&Path>) -> Result
         bos,
     };
     let forms = Forms {
-        dtype,
-        against: Some(WeightDType::Auto),
+        subject: Form::of_weights(dtype),
+        against: Some(Form::of_weights(WeightDType::Auto)),
         windows_max: usize::MAX,
         threads: None,
     };

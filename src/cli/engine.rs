@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{CliError, memory};
-use crate::backend::cpu::CpuOptions;
+use crate::backend::cpu::{self, CpuOptions};
 use crate::backend::cuda::CudaOptions;
 use crate::backend::{
     self, Backend, BackendError, DeviceBytes, DeviceChoice, KvFormat, UseBackend, WeightFormat,
@@ -128,6 +128,7 @@ impl<L: FnOnce() -> Result<Checkpoint, CliError>> UseBackend for Start<'_, L> {
         let routed = RoutedLlama::new(backend, &checkpoint, options)?;
         say_what_is_loaded(&checkpoint, &config, &budget, routed.recorded(), self.began);
         drop(checkpoint);
+        cpu::trim_heap();
         let spawned = Engine::spawn(routed, &config, self.metrics);
         let (handle, thread) = spawned.map_err(CliError::io("the engine's thread"))?;
         Ok(Running {
@@ -165,12 +166,18 @@ impl ModelFormats {
     fn of(runtime: &RuntimeConfig) -> Self {
         Self {
             weights: weight_format(runtime.dtype),
-            kv: match runtime.kv_dtype {
-                KvDType::Bf16 => KvFormat::BF16,
-                KvDType::F32 => KvFormat::F32,
-                KvDType::Fp8 => KvFormat::FP8,
-            },
+            kv: kv_format(runtime.kv_dtype),
         }
+    }
+}
+
+/// What `--kv-dtype` means to a backend.
+pub(super) fn kv_format(dtype: KvDType) -> KvFormat {
+    match dtype {
+        KvDType::Bf16 => KvFormat::BF16,
+        KvDType::F32 => KvFormat::F32,
+        KvDType::Fp8 => KvFormat::FP8,
+        KvDType::Int8 => KvFormat::INT8,
     }
 }
 

@@ -8,12 +8,11 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::bench::bar;
-use super::engine::{self, weight_format};
+use super::engine::{self, kv_format, weight_format};
 use super::{CliError, logging};
-use crate::backend::KvFormat;
 use crate::backend::cpu::{Cpu, CpuOptions};
 use crate::checkpoint::Checkpoint;
-use crate::config::{self, ConfigError, LogOptions, VariantName, WeightDType};
+use crate::config::{self, ConfigError, KvDType, LogOptions, VariantName, WeightDType};
 use crate::eval::perplexity::{Distance, Perplexity, Reader, Windows};
 use crate::model::RoutedLlama;
 use crate::text::Tokenizer;
@@ -34,7 +33,11 @@ pub(super) struct PerplexityArgs {
     /// Format of weights in memory, as `serve --dtype`.
     #[arg(long, value_enum, default_value_t, value_name = "TYPE")]
     dtype: WeightDType,
-    /// Another format of the same model to measure this one against: relative error of logits, divergence, equal first choices.
+    /// Format of K and V, as `serve --kv-dtype`; f32 leaves the weights' error alone.
+    #[arg(long, value_enum, default_value = "f32", value_name = "TYPE")]
+    kv_dtype: KvDType,
+    /// Another format of the same model, with K and V in f32, to measure this one against: relative error of logits, divergence, equal
+    /// first choices.
     #[arg(long, value_enum, value_name = "TYPE")]
     against: Option<WeightDType>,
     /// Tokens of a window; the second half of each counts. Windows lie side by side.
@@ -68,8 +71,11 @@ pub(super) fn run(args: &PerplexityArgs) -> Result<ExitCode, CliError> {
     let tokens = tokenizer.encode(&text, false)?;
     let windows = windows(args, &checkpoint, &tokenizer, &tokens)?;
     let forms = Forms {
-        dtype: args.dtype,
-        against: args.against,
+        subject: Form {
+            dtype: args.dtype,
+            kv: args.kv_dtype,
+        },
+        against: args.against.map(Form::of_weights),
         windows_max: args.windows.unwrap_or(usize::MAX),
         threads: args.threads,
     };
@@ -125,12 +131,38 @@ fn windows<'a>(
     Ok(windows)
 }
 
-/// Which formats of a model read.
+/// In which formats a model reads.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    dtype: WeightDType,
+    kv: KvDType,
+}
+
+impl Form {
+    /// Weights as `dtype` says, K and V exact.
+    pub(super) fn of_weights(dtype: WeightDType) -> Self {
+        Self {
+            dtype,
+            kv: KvDType::F32,
+        }
+    }
+
+    fn name(self) -> String {
+        let dtype = self.dtype.to_possible_value();
+        let dtype = dtype.map_or_else(String::new, |value| value.get_name().to_owned());
+        match self.kv {
+            KvDType::F32 => dtype,
+            kv => format!("{dtype}, K/V in {}", kv.as_str()),
+        }
+    }
+}
+
+/// Which forms of a model read.
 pub(super) struct Forms {
     /// The one that is measured.
-    pub dtype: WeightDType,
+    pub subject: Form,
     /// What it is measured against.
-    pub against: Option<WeightDType>,
+    pub against: Option<Form>,
     /// Windows to read at most.
     pub windows_max: usize,
     /// Of the CPU backend.
@@ -149,16 +181,16 @@ impl Forms {
         variant: Variant,
         windows: &Windows<'_>,
     ) -> Result<Report, CliError> {
-        let reader = |dtype: WeightDType| -> Result<Reader<Cpu>, CliError> {
+        let reader = |form: Form| -> Result<Reader<Cpu>, CliError> {
             let cpu = Cpu::new(CpuOptions {
                 threads: self.threads,
                 ..CpuOptions::default()
             })?;
-            let options = windows.model_options(KvFormat::F32, weight_format(dtype));
+            let options = windows.model_options(kv_format(form.kv), weight_format(form.dtype));
             let model = RoutedLlama::new(cpu, checkpoint, options)?;
             Ok(Reader::new(model, variant.gates()))
         };
-        let mut subject = reader(self.dtype)?;
+        let mut subject = reader(self.subject)?;
         let mut reference = self.against.map(reader).transpose()?;
         let mut distance = Distance::default();
         let count = windows.count().min(self.windows_max);
@@ -179,9 +211,8 @@ impl Forms {
             variant,
             windows: count,
             context: windows.context,
-            dtype: self.dtype,
-            subject: subject.perplexity,
-            reference: reference.map(|(dtype, read)| (dtype, read.perplexity, distance)),
+            subject: (self.subject, subject.perplexity),
+            reference: reference.map(|(form, read)| (form, read.perplexity, distance)),
         })
     }
 }
@@ -192,33 +223,27 @@ pub(super) struct Report {
     variant: Variant,
     windows: usize,
     context: usize,
-    dtype: WeightDType,
-    subject: Perplexity,
-    reference: Option<(WeightDType, Perplexity, Distance)>,
-}
-
-fn name(dtype: WeightDType) -> String {
-    dtype
-        .to_possible_value()
-        .map_or_else(String::new, |value| value.get_name().to_owned())
+    subject: (Form, Perplexity),
+    reference: Option<(Form, Perplexity, Distance)>,
 }
 
 impl Report {
     /// As tables.
     pub(super) fn markdown(&self) -> String {
+        let (subject, perplexity) = self.subject;
         let mut text = format!(
             "{}: {} windows of {} tokens, {} tokens foretold by {}\n\n| weights | perplexity | standard error |\n| --- | --: | --: |\n",
             self.text,
             self.windows,
             self.context,
-            self.subject.surprise.count(),
+            perplexity.surprise.count(),
             self.variant.as_str(),
         );
-        let row = |dtype, perplexity: Perplexity| {
+        let row = |form: Form, perplexity: Perplexity| {
             let (value, error) = (perplexity.value(), perplexity.standard_error());
-            format!("| {} | {value:.4} | {error:.4} |\n", name(dtype))
+            format!("| {} | {value:.4} | {error:.4} |\n", form.name())
         };
-        text.push_str(&row(self.dtype, self.subject));
+        text.push_str(&row(subject, perplexity));
         let Some((against, reference, distance)) = &self.reference else {
             return text;
         };
@@ -232,9 +257,9 @@ impl Report {
             "\n| {} against {} | |\n| --- | --: |\n| perplexity, ratio | {:.5} |\n| relative error of logits, mean | {:.2e} |\n\
              | relative error of logits, most | {:.2e} |\n| KL divergence, mean, nats | {:.2e} |\n| KL divergence, most, nats | {:.2e} |\n\
              | same most likely token | {:.2} % |\n",
-            name(self.dtype),
-            name(*against),
-            self.subject.value() / reference.value(),
+            subject.name(),
+            against.name(),
+            perplexity.value() / reference.value(),
             relative_error.mean(),
             relative_error.most(),
             divergence.mean(),
@@ -244,9 +269,10 @@ impl Report {
     }
 
     fn json(&self) -> serde_json::Value {
-        let perplexity = |dtype, perplexity: &Perplexity| {
+        let perplexity = |form: Form, perplexity: &Perplexity| {
             json!({
-                "weights": name(dtype),
+                "weights": form.dtype,
+                "kv": form.kv,
                 "perplexity": perplexity.value(),
                 "standard_error": perplexity.standard_error(),
             })
@@ -256,11 +282,11 @@ impl Report {
             "variant": self.variant.as_str(),
             "windows": self.windows,
             "context": self.context,
-            "tokens": self.subject.surprise.count(),
-            "subject": perplexity(self.dtype, &self.subject),
-            "reference": self.reference.as_ref().map(|(dtype, reference, distance)| json!({
-                "model": perplexity(*dtype, reference),
-                "perplexity_ratio": self.subject.value() / reference.value(),
+            "tokens": self.subject.1.surprise.count(),
+            "subject": perplexity(self.subject.0, &self.subject.1),
+            "reference": self.reference.as_ref().map(|(form, reference, distance)| json!({
+                "model": perplexity(*form, reference),
+                "perplexity_ratio": self.subject.1.value() / reference.value(),
                 "logits_relative_error_mean": distance.relative_error.mean(),
                 "logits_relative_error_max": distance.relative_error.most(),
                 "kl_divergence_mean": distance.divergence.mean(),

@@ -330,6 +330,7 @@ impl Plan<'_> {
             (KvDType::F32, _) => (KvDType::Bf16, self.block_bytes() / 2),
             // With the scales of heads of 16 numbers or more.
             (KvDType::Bf16, DeviceMemory::Gpu { .. }) => (KvDType::Fp8, self.block_bytes() / 8 * 5),
+            (KvDType::Bf16, DeviceMemory::Host(_)) => (KvDType::Int8, self.block_bytes() / 8 * 5),
             _ => return None,
         };
         let fits = self.least(context, block_bytes).fits();

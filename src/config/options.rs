@@ -122,7 +122,7 @@ pub struct EngineOptions {
         value_name = "TYPE"
     )]
     pub dtype: WeightDType,
-    /// Format of the K/V cache: bf16 is half the memory of f32, which is exact (CPU only); fp8 a quarter (GPU only).
+    /// Format of the K/V cache: bf16 is half the memory of f32, which is exact (CPU only); a quarter are fp8 (GPU only) and int8 (CPU only).
     #[arg(
         long,
         env = "MIDPO_KV_DTYPE",

@@ -220,8 +220,10 @@ pub enum KvDType {
     Bf16,
     /// Exact. On a CPU only.
     F32,
-    /// A quarter: a byte a number, a scale a head. On a GPU only.
+    /// A quarter: a byte a number (e4m3), a scale a head. On a GPU only.
     Fp8,
+    /// A quarter: a byte a number (an integer), a scale a head. On a CPU only.
+    Int8,
 }
 
 impl KvDType {
@@ -231,6 +233,7 @@ impl KvDType {
             Self::Bf16 => "bf16",
             Self::F32 => "f32",
             Self::Fp8 => "fp8",
+            Self::Int8 => "int8",
         }
     }
 }

@@ -803,7 +803,7 @@ fn check_attention(case: &AttentionCase, cpus: &mut [Vec<Cpu>], random: &mut Ran
     let want = case.run(&mut Reference, &case.whole(), false).concat();
     let tolerance = match case.format {
         KvFormat::F32 => ops::ATTENTION.tolerance.f32,
-        KvFormat::BF16 | KvFormat::FP8 => ops::ATTENTION.tolerance.bf16,
+        KvFormat::BF16 | KvFormat::FP8 | KvFormat::INT8 => ops::ATTENTION.tolerance.bf16,
     };
     for set in cpus {
         let whole = case.run(&mut set[0], &case.whole(), false).concat();
@@ -826,7 +826,7 @@ fn attention_matches_the_reference_and_chunks_match_the_whole_for_all_heads() {
     for size in [8, 16, 64, 80, 96, 128] {
         for (query, kv) in [(1, 1), (3, 3), (6, 2), (4, 1), (8, 1)] {
             let heads = Heads { query, kv, size };
-            for format in [KvFormat::F32, KvFormat::BF16] {
+            for format in [KvFormat::F32, KvFormat::BF16, KvFormat::INT8] {
                 let case = AttentionCase::new(random, heads, format, &[1, 17, 40]);
                 check_attention(&case, &mut cpus, random);
             }
@@ -834,28 +834,38 @@ fn attention_matches_the_reference_and_chunks_match_the_whole_for_all_heads() {
     }
 }
 
-/// The first row sees itself alone: it gives back v as the cache keeps it.
-#[test]
-fn eight_bits_of_k_and_v_are_within_a_sixteenth_of_each_number() {
+/// The only row sees itself alone: it gives back v as the cache keeps it. Calls `check` with v, what came back, and the largest of v's head.
+fn check_kept(case: &AttentionCase, backend: &mut impl Backend, check: impl Fn(f32, f32, f32)) {
+    let heads = case.heads;
+    let v = &case.qkv[0][2 * heads.kv * heads.size..];
+    let got = case.run(backend, &case.whole(), false).concat();
+    for (got, v) in got.chunks_exact(heads.size).zip(v.chunks_exact(heads.size)) {
+        let most = v.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        v.iter().zip(got).for_each(|(v, got)| check(*v, *got, most));
+    }
+}
+
+/// One row, with a head of nothing and one of numbers far below its largest.
+fn uneven_heads(format: KvFormat) -> AttentionCase {
     let heads = Heads {
         query: 3,
         kv: 3,
         size: 40,
     };
-    let mut case = AttentionCase::new(&mut Random(16), heads, KvFormat::FP8, &[1]);
-    // A head of nothing, and one of numbers far below its largest.
+    let mut case = AttentionCase::new(&mut Random(16), heads, format, &[1]);
     let v = &mut case.qkv[0][2 * 3 * 40..];
     v[..40].fill(0.0);
     v[41..80].iter_mut().for_each(|x| *x *= 1e-3);
-    let v = v.to_vec();
-    let got = case.run(&mut Reference, &case.whole(), false).concat();
-    for (head, (got, v)) in got.chunks_exact(40).zip(v.chunks_exact(40)).enumerate() {
-        let scale = v.iter().fold(0.0f32, |most, x| most.max(x.abs())) / 448.0;
-        for (got, v) in got.iter().zip(v) {
-            let bound = (v.abs() / 16.0).max(scale / 1024.0) * 1.000_01;
-            assert!((got - v).abs() <= bound, "head {head}: {got} for {v}");
-        }
-    }
+    case
+}
+
+#[test]
+fn eight_bits_of_k_and_v_are_within_a_sixteenth_of_each_number() {
+    let case = uneven_heads(KvFormat::FP8);
+    check_kept(&case, &mut Reference, |v, got, most| {
+        let bound = (v.abs() / 16.0).max(most / 448.0 / 1024.0) * 1.000_01;
+        assert!((got - v).abs() <= bound, "{got} for {v}");
+    });
     let refused = match Cpu::new(CpuOptions::default()) {
         Ok(cpu) => case.try_cache(&cpu).err(),
         Err(error) => panic!("{error}"),
@@ -868,6 +878,20 @@ fn eight_bits_of_k_and_v_are_within_a_sixteenth_of_each_number() {
 }
 
 #[test]
+fn integers_of_k_and_v_are_within_half_a_step_of_each_number() {
+    let case = uneven_heads(KvFormat::INT8);
+    let check = |v: f32, got: f32, most: f32| {
+        // The scale is rounded to eight bits.
+        let bound = most / 127.0 / 2.0 * (1.0 + 1.0 / 128.0);
+        assert!((got - v).abs() <= bound, "{got} for {v}");
+    };
+    check_kept(&case, &mut Reference, check);
+    for cpu in cpus().iter_mut().flatten() {
+        check_kept(&case, cpu, check);
+    }
+}
+
+#[test]
 fn attention_crosses_blocks_and_splits_without_a_seam() {
     let (random, mut cpus) = (&mut Random(8), cpus());
     let heads = Heads {
@@ -876,7 +900,7 @@ fn attention_crosses_blocks_and_splits_without_a_seam() {
         size: 16,
     };
     for lengths in [&[15, 16, 255][..], &[257, 3], &[530]] {
-        for format in [KvFormat::F32, KvFormat::BF16] {
+        for format in [KvFormat::F32, KvFormat::BF16, KvFormat::INT8] {
             let case = AttentionCase::new(random, heads, format, lengths);
             check_attention(&case, &mut cpus, random);
         }

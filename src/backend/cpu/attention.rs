@@ -1,7 +1,6 @@
 //! Causal attention over the paged cache.
 //!
-//! A block of a K/V head holds K as (head size, 16 tokens), so that sixteen keys are lanes of one load, and V as (16 tokens,
-//! head size). All query heads of a K/V head, and some rows, go over it together.
+//! All query heads of a K/V head, and some rows, go over a block ([`super::kv`]) together.
 //!
 //! Keys are cut into splits of [`SPLIT`] absolute positions. Each split gives a maximum, a sum and a mixture, and splits are
 //! merged in order: the bits of a row depend on its position, not on chunks, tiles or threads. Keys beyond a row's position
@@ -9,12 +8,12 @@
 
 #![allow(unsafe_code)]
 
-use super::gemm::{Bf16s, F32s, Target, Tile, Weights, panels_beside};
-use super::memory::{Arena, Memory};
+use super::gemm::{Bf16s, F32s, Int8s, Target, Tile, Weights, panels_beside};
+use super::kv::{KvMemory, View, block_at, scales_at};
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, exp, largest, load_some, store_some, sum};
 use crate::backend::ops::Heads;
-use crate::backend::{BackendError, HostSequence, HostStep, KvFormat, KvShape, StepLimits};
+use crate::backend::{HostSequence, HostStep, StepLimits};
 use crate::types::{BLOCK_TOKENS, BlockId};
 
 /// Positions in a split.
@@ -22,111 +21,6 @@ pub const SPLIT: usize = 256;
 const SPLIT_BLOCKS: usize = SPLIT / BLOCK_TOKENS;
 /// Query vectors that go over the keys together, unless one row has more heads.
 const QUERIES: usize = 24;
-
-/// K and V of all layers: (layers, blocks, K/V heads, [K | V]).
-pub struct KvMemory {
-    shape: KvShape,
-    numbers: Numbers,
-}
-
-enum Numbers {
-    F32(Memory<f32>),
-    BF16(Memory<u16>),
-}
-
-/// FP8 is a GPU's: here each number would have to be taken apart by hand.
-pub(super) fn refused(format: KvFormat) -> BackendError {
-    BackendError::Contract {
-        op: "kv_cache",
-        operand: "format",
-        expected: "BF16 or F32: a CPU keeps K and V in two or four bytes".to_owned(),
-        found: format!("{format:?}"),
-    }
-}
-
-impl KvMemory {
-    /// Zeroed, so that what is never written is finite.
-    pub fn new(arena: &mut Arena, shape: KvShape) -> Result<Self, BackendError> {
-        // A vector load at the last number may read this far past it.
-        let len = [
-            shape.layers,
-            shape.blocks,
-            shape.kv_heads,
-            2 * shape.head_size,
-            BLOCK_TOKENS,
-        ]
-        .into_iter()
-        .try_fold(1usize, usize::checked_mul)
-        .and_then(|len| len.checked_add(LANES))
-        .unwrap_or(usize::MAX);
-        let what = "K/V cache";
-        let numbers = match shape.format {
-            KvFormat::F32 => Numbers::F32(arena.zeroed(what, len)?),
-            KvFormat::BF16 => Numbers::BF16(arena.zeroed(what, len)?),
-            KvFormat::FP8 => return Err(refused(shape.format)),
-        };
-        Ok(Self { shape, numbers })
-    }
-
-    /// Its shape.
-    pub fn shape(&self) -> KvShape {
-        self.shape
-    }
-
-    /// One layer, to write.
-    pub fn layer_mut(&mut self, layer: usize) -> Cache<'_> {
-        let store = match &mut self.numbers {
-            Numbers::F32(numbers) => Store::F32(Parts::new(numbers)),
-            Numbers::BF16(numbers) => Store::BF16(Parts::new(numbers)),
-        };
-        Cache {
-            shape: self.shape,
-            layer,
-            store,
-        }
-    }
-
-    fn view(&self) -> View<'_> {
-        match &self.numbers {
-            Numbers::F32(numbers) => View::F32(numbers),
-            Numbers::BF16(numbers) => View::BF16(numbers),
-        }
-    }
-}
-
-fn block_at(shape: &KvShape, layer: usize, block: BlockId, head: usize) -> usize {
-    let index = (layer * shape.blocks + block.index()) * shape.kv_heads + head;
-    index * 2 * shape.head_size * BLOCK_TOKENS
-}
-
-/// One layer of the cache, to write.
-pub struct Cache<'a> {
-    shape: KvShape,
-    layer: usize,
-    /// Its numbers.
-    pub store: Store<'a>,
-}
-
-/// The numbers of a cache, in parts.
-pub enum Store<'a> {
-    /// f32.
-    F32(Parts<'a, f32>),
-    /// bf16.
-    BF16(Parts<'a, u16>),
-}
-
-impl Cache<'_> {
-    /// Where K of this head starts in `block`; V follows.
-    pub fn block(&self, block: BlockId, head: usize) -> usize {
-        block_at(&self.shape, self.layer, block, head)
-    }
-}
-
-#[derive(Clone, Copy)]
-enum View<'a> {
-    F32(&'a [f32]),
-    BF16(&'a [u16]),
-}
 
 /// Some rows of one sequence and all query heads of one K/V head.
 #[derive(Clone, Copy, Debug)]
@@ -340,7 +234,8 @@ impl<'a> Context<'a> {
         let first = split * SPLIT_BLOCKS;
         let table = &table[first..first + keys.div_ceil(BLOCK_TOKENS)];
         let size = self.heads.size;
-        let at = |block: BlockId| block_at(&self.cache.shape, self.layer, block, unit.kv_head);
+        let shape = self.cache.shape();
+        let at = |block: BlockId| block_at(&shape, self.layer, block, unit.kv_head);
         let (mixed, sums) = partial.split_at_mut(queries_max(self.heads) * size);
         let mut keys = Keys {
             starts: [0; SPLIT_BLOCKS],
@@ -371,6 +266,15 @@ impl<'a> Context<'a> {
                 let numbers = Bf16s(numbers.as_ptr());
                 keys.score(simd, numbers, q, scores);
                 self.weigh(simd, unit, split, keys.blocks, scores, sums);
+                keys.mix(simd, numbers, scores, mixed);
+            }
+            View::INT8(codes, scales) => {
+                assert!(end + LANES <= codes.len());
+                let numbers = Int8s(codes.as_ptr());
+                keys.score(simd, numbers, q, scores);
+                keys.scale(simd, scales, 0, scores);
+                self.weigh(simd, unit, split, keys.blocks, scores, sums);
+                keys.scale(simd, scales, BLOCK_TOKENS, scores);
                 keys.mix(simd, numbers, scores, mixed);
             }
         }
@@ -575,6 +479,24 @@ impl Keys {
             block += P;
         }
         block
+    }
+
+    /// Multiplies what belongs to a key by its scale: those from `first` on among the scales of each block.
+    #[inline(always)]
+    fn scale<S: Simd>(&self, simd: S, scales: &[u16], first: usize, scores: &mut [f32]) {
+        for (block, start) in self.starts[..self.blocks].iter().enumerate() {
+            let at = scales_at(self.size, *start) + first;
+            let scales = &scales[at..][..BLOCK_TOKENS];
+            // SAFETY: a vector each, `BLOCK_TOKENS` is LANES.
+            unsafe {
+                let scale = simd.load_bf16(scales.as_ptr());
+                for query in 0..self.queries {
+                    let score = &mut scores[query * SPLIT + block * BLOCK_TOKENS..][..LANES];
+                    let scaled = simd.mul(simd.load(score.as_ptr()), scale);
+                    simd.store(score.as_mut_ptr(), scaled);
+                }
+            }
+        }
     }
 
     /// mixed (queries, head size) = weights V.

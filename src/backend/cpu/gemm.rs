@@ -250,6 +250,18 @@ impl Weights for Bf16s {
     }
 }
 
+/// Integers of a signed byte, from the first on.
+#[derive(Clone, Copy)]
+pub struct Int8s(pub *const i8);
+
+impl Weights for Int8s {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, simd: S, at: usize) -> S::F {
+        // SAFETY: by contract.
+        simd.to_float(unsafe { simd.load_i8(self.0.add(at)) })
+    }
+}
+
 /// Where a tile's sums go.
 #[derive(Clone, Copy)]
 pub struct Target {

@@ -13,6 +13,7 @@ mod avx512;
 mod experts;
 mod gemm;
 mod int8;
+mod kv;
 pub mod limits;
 mod memory;
 #[cfg(target_arch = "aarch64")]
@@ -33,8 +34,8 @@ use super::ops::{
     SiluMulExpertMix, bind_read, bind_write,
 };
 use super::{
-    Backend, BackendError, HostMatrix, HostStep, KvFormat, KvShape, Matrix, Shaped, StepLayout,
-    StepLimits, WeightFormat, Workload,
+    Backend, BackendError, HostMatrix, HostStep, KvShape, Matrix, Shaped, StepLayout, StepLimits,
+    WeightFormat, Workload,
 };
 use gemm::{FEW_ROWS, Multiply, Product};
 use memory::{Arena, Memory, occupied};
@@ -42,7 +43,8 @@ use pool::{Parts, Pool};
 use rooms::Rooms;
 use simd::Level;
 
-pub use attention::KvMemory;
+pub use kv::KvMemory;
+pub use memory::trim_heap;
 pub use pack::PackedMatrix;
 pub use simd::Isa;
 
@@ -336,10 +338,8 @@ impl Backend for Cpu {
     }
 
     fn kv_block_bytes(&self, shape: KvShape) -> Result<usize, BackendError> {
-        match shape.format {
-            KvFormat::BF16 | KvFormat::F32 => Ok(shape.block_bytes()),
-            format @ KvFormat::FP8 => Err(attention::refused(format)),
-        }
+        kv::check(shape.format)?;
+        Ok(shape.block_bytes())
     }
 
     fn reserve(&mut self, work: &Workload) -> Result<(), BackendError> {

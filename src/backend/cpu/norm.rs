@@ -4,9 +4,7 @@
 
 use std::ops::Range;
 
-use half::bf16;
-
-use super::attention::{Cache, Store};
+use super::kv::Cache;
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, load_some, store_some, sum};
 use crate::backend::ops::Heads;
@@ -98,12 +96,11 @@ impl Kernel for RopeRows<'_> {
                 let k = &rotated[query * size..];
                 let block = sequence.block_table[position / BLOCK_TOKENS];
                 for head in 0..kv {
-                    let at = self.cache.block(block, head);
                     let (k, v) = (&k[head * size..][..size], &v[head * size..][..size]);
-                    let token = position % BLOCK_TOKENS;
+                    let place = (block, position % BLOCK_TOKENS);
                     // SAFETY: a block is written by the one sequence that owns this position (`HostStep::load`), and a
                     // position by the one chunk that has its row.
-                    unsafe { write(&self.cache.store, at, size, token, k, v) };
+                    unsafe { self.cache.write(simd, place, head, k, v) };
                 }
             }
         }
@@ -135,35 +132,6 @@ fn rotate<S: Simd>(simd: S, head: &mut [f32], rope: &[f32]) {
             let turned_high = simd.fma(a, sin, simd.mul(b, cos));
             store_some(simd, low.as_mut_ptr().add(at), lanes, turned_low);
             store_some(simd, high.as_mut_ptr().add(at), lanes, turned_high);
-        }
-    }
-}
-
-/// Writes one position of one head: a column of K (size, BLOCK_TOKENS), a row of V (BLOCK_TOKENS, size).
-///
-/// # Safety
-/// Nobody else may use this position of the block.
-unsafe fn write(store: &Store<'_>, at: usize, size: usize, token: usize, k: &[f32], v: &[f32]) {
-    let v_at = at + size * BLOCK_TOKENS + token * size;
-    // A column is strided: numbers one by one.
-    // SAFETY: by contract, and `slice` checks the bounds.
-    unsafe {
-        match store {
-            Store::F32(numbers) => {
-                for (i, k) in k.iter().enumerate() {
-                    numbers.slice(at + i * BLOCK_TOKENS + token, 1)[0] = *k;
-                }
-                numbers.slice(v_at, size).copy_from_slice(v);
-            }
-            Store::BF16(numbers) => {
-                for (i, k) in k.iter().enumerate() {
-                    numbers.slice(at + i * BLOCK_TOKENS + token, 1)[0] =
-                        bf16::from_f32(*k).to_bits();
-                }
-                let row = numbers.slice(v_at, size).iter_mut();
-                row.zip(v)
-                    .for_each(|(to, v)| *to = bf16::from_f32(*v).to_bits());
-            }
         }
     }
 }

@@ -50,14 +50,14 @@ impl Instance {
     fn decode(&self, format: KvFormat) -> Kernel {
         match format {
             KvFormat::FP8 => self.decode_fp8,
-            KvFormat::BF16 | KvFormat::F32 => self.decode,
+            KvFormat::BF16 | KvFormat::F32 | KvFormat::INT8 => self.decode,
         }
     }
 
     fn prefill(&self, format: KvFormat) -> Kernel {
         match format {
             KvFormat::FP8 => self.prefill_fp8,
-            KvFormat::BF16 | KvFormat::F32 => self.prefill,
+            KvFormat::BF16 | KvFormat::F32 | KvFormat::INT8 => self.prefill,
         }
     }
 

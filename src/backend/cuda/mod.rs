@@ -390,7 +390,7 @@ impl<D: Driver> Backend for Cuda<D> {
         let blocks = all.div_ceil(ROPE_THREADS / (heads.size / 8));
         let kernel = match args.cache.shape().format {
             KvFormat::FP8 => kernel!("rope_kv_write_fp8"),
-            KvFormat::BF16 | KvFormat::F32 => kernel!("rope_kv_write"),
+            KvFormat::BF16 | KvFormat::F32 | KvFormat::INT8 => kernel!("rope_kv_write"),
         };
         let (k, v) = args.cache.layer(driver, args.layer);
         let list = [
