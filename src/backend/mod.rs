@@ -233,6 +233,16 @@ pub trait Backend: Sized + Send + 'static {
     /// Overwrites the first rows of `buffer` with `values` (whole rows).
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<(), BackendError>;
 
+    /// Starts the way of the first `rows` rows to the host behind what was asked for so far, where that takes time: the next
+    /// [`Self::read`] of as many gives them as they are then.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    fn fetch(&self, buffer: &mut Self::Buffer, rows: usize) -> Result<(), BackendError> {
+        let _ = (buffer, rows);
+        Ok(())
+    }
+
     /// The first `rows` rows of `buffer`, after all ops so far.
     fn read<'a>(
         &'a self,
@@ -312,18 +322,22 @@ pub trait Backend: Sized + Send + 'static {
         false
     }
 
-    /// Samples a token from each of the first rows of `logits` (r, vocabulary), as `rows` (r) say; `sampled` keeps its room. The tokens are
+    /// Samples a token from each of the first rows of `logits` (r, vocabulary), as `rows` (r) say, for [`Self::sampled`] to tell. The tokens are
     /// those of the engine's sampler, to the bit. `false`: not here, or not as much as [`Self::reserve`] made room for; nothing was done.
     ///
     /// # Errors
     /// Fewer or inexact logits; more than 20 most likely tokens; fewer bits of a grammar than tokens; the device.
-    fn sample(
-        &mut self,
-        logits: &Self::Buffer,
-        rows: &[SampleRow],
-        sampled: &mut Sampled,
-    ) -> Result<bool, BackendError> {
-        let _ = (logits, rows, sampled);
+    fn sample(&mut self, logits: &Self::Buffer, rows: &[SampleRow]) -> Result<bool, BackendError> {
+        let _ = (logits, rows);
         Ok(false)
+    }
+
+    /// What the last [`Self::sample`], of the same `rows`, drew; waits for it. `sampled` keeps its room.
+    ///
+    /// # Errors
+    /// Other rows than were sampled; the device.
+    fn sampled(&mut self, rows: &[SampleRow], sampled: &mut Sampled) -> Result<(), BackendError> {
+        let _ = (rows, sampled);
+        Ok(())
     }
 }

@@ -129,7 +129,8 @@ impl<B: Backend> Steps<B> {
         // As the engine does: where the device draws, no logits come back.
         if self.model.samples() {
             let (wants, sampled) = (&self.wants, &mut self.sampled);
-            self.model.forward_and_sample(&layout, wants, sampled)?;
+            let submitted = self.model.submit(&layout, wants)?;
+            self.model.collect(submitted, wants, sampled)?;
         } else {
             std::hint::black_box(self.model.forward(&layout)?.logits);
         }

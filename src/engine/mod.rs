@@ -146,24 +146,27 @@ impl<B: Backend> Engine<B> {
         if self.model.samples() {
             self.sessions.describe_samples();
         }
-        let (sequences, batch, sampled) = self.sessions.batch();
+        let (sequences, batch) = self.sessions.batch();
         let layout = StepLayout {
             tokens: &batch.tokens,
             sequences: &sequences,
             logit_rows: &batch.logit_rows,
         };
         let (rows, count) = (layout.tokens.len(), layout.sequences.len());
-        let computed = match batch.samples() {
-            [] => self.model.forward(&layout).map(|output| (output, false)),
-            rows => self.model.forward_and_sample(&layout, rows, sampled),
-        };
+        let submitted = self.model.submit(&layout, batch.samples());
         let room = batch::emptied(sequences);
         self.sessions.keep_room(room);
+        // While a device works by itself.
+        self.receive();
+        let computed = submitted.and_then(|submitted| {
+            let (rows, sampled) = self.sessions.samples();
+            self.model.collect(submitted, rows, sampled)
+        });
         let now = Instant::now();
         match computed {
-            Ok((output, sampled)) => {
+            Ok(output) => {
                 self.failures = 0;
-                self.sessions.commit(output, sampled, now);
+                self.sessions.commit(output, now);
             }
             Err(error) => {
                 self.metrics.step_failures.increment();

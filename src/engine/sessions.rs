@@ -15,7 +15,7 @@ use super::request::{End, Request};
 use super::sampler::{Position, SampleError, Sampler, describe};
 use super::scheduler::{Plan, PlannedSequence, Scheduler, SchedulerLimits};
 use super::sequence::{NewSequence, RequestId, Sequence};
-use crate::backend::{Backend, Sampled, StepSequence};
+use crate::backend::{Backend, SampleRow, Sampled, StepSequence};
 use crate::config::EngineConfig;
 use crate::metrics::{BlockState, Metrics};
 use crate::model::{RoutedLlama, StepOutput};
@@ -215,10 +215,15 @@ impl Sessions {
         self.pace.observe(self.plan.prefill_tokens(), lasted);
     }
 
-    /// The planned step, flattened, and where the tokens go that the device draws.
-    pub(super) fn batch(&mut self) -> (Vec<StepSequence<'_>>, &Batch, &mut Sampled) {
+    /// The planned step, flattened.
+    pub(super) fn batch(&mut self) -> (Vec<StepSequence<'_>>, &Batch) {
         let sequences = self.batch.fill(&self.plan, &self.scheduler);
-        (sequences, &self.batch, &mut self.sampled)
+        (sequences, &self.batch)
+    }
+
+    /// How the device is to sample from the planned step's logits, and where the tokens go that it draws.
+    pub(super) fn samples(&mut self) -> (&[SampleRow], &mut Sampled) {
+        (self.batch.samples(), &mut self.sampled)
     }
 
     /// Says how to sample from the planned step's logits; not where some are wanted for more, as log-probabilities
@@ -251,9 +256,7 @@ impl Sessions {
     }
 
     /// Moves every planned sequence on; the only place where that happens.
-    ///
-    /// `sampled`: the device has drawn a token from each row of logits, and these are empty.
-    pub(super) fn commit(&mut self, output: StepOutput<'_>, sampled: bool, now: Instant) {
+    pub(super) fn commit(&mut self, output: StepOutput<'_>, now: Instant) {
         let plan = std::mem::take(&mut self.plan);
         let (mut row, mut logit_row) = (0, 0);
         for planned in &plan.sequences {
@@ -262,7 +265,7 @@ impl Sessions {
             let logits = logit_row * self.model.vocabulary;
             logit_row += planned.logit_rows;
             let rows = Rows {
-                logits: match sampled {
+                logits: match output.sampled {
                     true => &[],
                     false => &output.logits[logits..logit_row * self.model.vocabulary],
                 },
@@ -270,7 +273,7 @@ impl Sessions {
                     [] => &[],
                     all => &all[gates..row * self.model.gates],
                 },
-                drawn: sampled.then(|| logit_row.saturating_sub(1)),
+                drawn: output.sampled.then(|| logit_row.saturating_sub(1)),
             };
             self.commit_sequence(planned, &rows, now);
         }

@@ -53,6 +53,17 @@ pub struct StepOutput<'a> {
     pub logits: &'a [f32],
     /// (rows, 2 * layers): alpha and beta of each layer; empty for a model without experts.
     pub gates: &'a [f32],
+    /// Whether the device has sampled.
+    pub sampled: bool,
+}
+
+/// A batch that a device was asked for: [`RoutedLlama::collect`] takes what comes of it.
+#[derive(Debug)]
+#[must_use]
+pub struct Submitted {
+    rows: usize,
+    logit_rows: usize,
+    sampled: bool,
 }
 
 /// A Llama whose MLPs are `y = W_down h + s (alpha(h) S(h) + beta(h) H(h))` (MIDPO.md 1).
@@ -144,49 +155,67 @@ impl<B: Backend> RoutedLlama<B> {
     /// # Errors
     /// A layout outside the model's limits, or a device error; the K/V of the step's rows are then undefined.
     pub fn forward(&mut self, layout: &StepLayout<'_>) -> Result<StepOutput<'_>, BackendError> {
-        self.compute(layout)?;
-        self.output(layout, false)
+        let submitted = self.submit(layout, &[])?;
+        self.collect(submitted, &[], &mut Sampled::default())
     }
 
-    /// As [`Self::forward`], and samples a token from each of the `logit_rows` as `rows` say, where the device does that
-    /// ([`Self::samples`]): then no logits come back. Says whether it did.
+    /// Asks the device for one ragged batch, and to sample a token from each of its `logit_rows` as `rows` say, if there are any and the
+    /// device does that ([`Self::samples`]): then no logits come back. Where the device works by itself, this returns before it is done;
+    /// [`Self::collect`] comes before the next batch.
     ///
     /// # Errors
     /// As [`Self::forward`], and [`Backend::sample`]'s.
-    pub fn forward_and_sample(
+    pub fn submit(
         &mut self,
         layout: &StepLayout<'_>,
         rows: &[SampleRow],
-        sampled: &mut Sampled,
-    ) -> Result<(StepOutput<'_>, bool), BackendError> {
+    ) -> Result<Submitted, BackendError> {
         self.compute(layout)?;
-        let logits = &self.activations.logits;
-        let done = self.backend.sample(logits, rows, sampled)?;
-        Ok((self.output(layout, done)?, done))
+        let (backend, act) = (&mut self.backend, &mut self.activations);
+        let submitted = Submitted {
+            rows: layout.tokens.len(),
+            logit_rows: layout.logit_rows.len(),
+            sampled: !rows.is_empty() && backend.sample(&act.logits, rows)?,
+        };
+        if !submitted.sampled {
+            backend.fetch(&mut act.logits, submitted.logit_rows)?;
+        }
+        if self.routed {
+            backend.fetch(&mut act.gates, submitted.rows)?;
+        }
+        Ok(submitted)
+    }
+
+    /// Waits for a batch, which was given the same `rows`, and takes what came of it.
+    ///
+    /// # Errors
+    /// A device error; the K/V of the step's rows are then undefined.
+    pub fn collect(
+        &mut self,
+        submitted: Submitted,
+        rows: &[SampleRow],
+        sampled: &mut Sampled,
+    ) -> Result<StepOutput<'_>, BackendError> {
+        if submitted.sampled {
+            self.backend.sampled(rows, sampled)?;
+        }
+        let (backend, act) = (&self.backend, &mut self.activations);
+        Ok(StepOutput {
+            logits: match submitted.sampled {
+                true => &[],
+                false => backend.read(&mut act.logits, submitted.logit_rows)?,
+            },
+            gates: match self.routed {
+                true => backend.read(&mut act.gates, submitted.rows)?,
+                false => &[],
+            },
+            sampled: submitted.sampled,
+        })
     }
 
     /// Whether the device samples.
     pub fn samples(&self) -> bool {
         self.backend.samples()
-    }
-
-    /// What the last step left.
-    fn output(
-        &mut self,
-        layout: &StepLayout<'_>,
-        sampled: bool,
-    ) -> Result<StepOutput<'_>, BackendError> {
-        let (backend, act) = (&self.backend, &mut self.activations);
-        Ok(StepOutput {
-            logits: match sampled {
-                true => &[],
-                false => backend.read(&mut act.logits, layout.logit_rows.len())?,
-            },
-            gates: match self.routed {
-                true => backend.read(&mut act.gates, layout.tokens.len())?,
-                false => &[],
-            },
-        })
     }
 
     /// Runs one ragged batch up to its logits.

@@ -9,245 +9,31 @@
 // The emulation runs what a device would: raw addresses.
 #![allow(unsafe_code)]
 
+mod copies;
+mod driver;
 mod engine;
 mod graphs;
 mod host;
 mod memory;
 mod sample;
 
-use cuda_emu::{Memory, Schedule};
+use cuda_emu::Schedule;
 use half::bf16;
-use midpo::backend::cuda::{Arg, Cuda, CudaOptions, DeviceShape, Driver, Gemm, Launch, Storage};
+use midpo::backend::cuda::{Cuda, CudaOptions, Storage};
 #[cfg(feature = "cuda")]
 use midpo::backend::device::Device;
 use midpo::backend::ops::{self, Heads};
 use midpo::backend::reference::Reference;
-use midpo::backend::{BackendError, KvFormat, WeightFormat};
+use midpo::backend::{KvFormat, WeightFormat};
 use midpo::dtype::DType;
 use midpo::types::{TokenId, Variant};
 
-use graphs::{Recorder, Recording};
+pub(crate) use driver::{TestDriver, TestGraph, TestHostMemory, TestMark, TestMemory};
 
 use super::ops::{
     AttentionCase, MatMulCase, MixCase, Random, Step, Weights, assert_close, assert_same_bits,
     check_contracts, check_steps, columns, embed, gather_rows, rms_norm,
 };
-
-/// The emulator as a device, or a device.
-pub(crate) enum TestDriver {
-    /// `kernels/emu`, with threads in this order.
-    Emulated(Schedule, Recorder),
-    /// A GPU.
-    #[cfg(feature = "cuda")]
-    Gpu(Device),
-}
-
-/// A recording of a [`TestDriver`].
-pub(crate) enum TestGraph {
-    Emulated(Recording),
-    #[cfg(feature = "cuda")]
-    Gpu(<Device as Driver>::Graph),
-}
-
-impl TestDriver {
-    pub(crate) fn emulated(schedule: Schedule) -> Self {
-        Self::Emulated(schedule, Recorder::default())
-    }
-
-    fn refuse_while_recording(&self) {
-        match self {
-            Self::Emulated(_, recorder) => recorder.refuse_else(),
-            #[cfg(feature = "cuda")]
-            Self::Gpu(_) => {}
-        }
-    }
-}
-
-/// Memory of a [`TestDriver`].
-pub(crate) enum TestMemory {
-    Emulated(Memory),
-    #[cfg(feature = "cuda")]
-    Gpu(<Device as Driver>::Memory),
-}
-
-#[cfg(feature = "cuda")]
-macro_rules! on_gpu {
-    ($driver:expr, $memory:expr, |$gpu:ident, $on_gpu:ident| $call:expr) => {
-        if let (TestDriver::Gpu($gpu), TestMemory::Gpu($on_gpu)) = ($driver, &mut *$memory) {
-            return $call;
-        }
-    };
-}
-
-impl TestMemory {
-    fn emulated(&self) -> &Memory {
-        match self {
-            Self::Emulated(memory) => memory,
-            #[cfg(feature = "cuda")]
-            Self::Gpu(_) => unreachable!("memory of another driver"),
-        }
-    }
-
-    fn emulated_mut(&mut self) -> &mut Memory {
-        match self {
-            Self::Emulated(memory) => memory,
-            #[cfg(feature = "cuda")]
-            Self::Gpu(_) => unreachable!("memory of another driver"),
-        }
-    }
-}
-
-impl Driver for TestDriver {
-    type Memory = TestMemory;
-    type Graph = TestGraph;
-
-    fn shape(&self) -> DeviceShape {
-        match self {
-            // Few and odd, so that blocks share tiles and take several; shared memory of Hopper.
-            Self::Emulated(..) => DeviceShape {
-                multiprocessors: 5,
-                shared_bytes: 227 << 10,
-            },
-            #[cfg(feature = "cuda")]
-            Self::Gpu(gpu) => gpu.shape(),
-        }
-    }
-
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
-    fn allocate(&self, what: &str, bytes: usize) -> Result<TestMemory, BackendError> {
-        match self {
-            Self::Emulated(..) => {
-                self.refuse_while_recording();
-                Ok(TestMemory::Emulated(Memory::new(bytes)))
-            }
-            #[cfg(feature = "cuda")]
-            Self::Gpu(gpu) => gpu.allocate(what, bytes).map(TestMemory::Gpu),
-        }
-    }
-
-    fn occupied(&self, bytes: usize) -> usize {
-        match self {
-            Self::Emulated(..) => bytes,
-            #[cfg(feature = "cuda")]
-            Self::Gpu(gpu) => gpu.occupied(bytes),
-        }
-    }
-
-    fn address(&self, memory: &TestMemory) -> u64 {
-        match (self, memory) {
-            #[cfg(feature = "cuda")]
-            (Self::Gpu(gpu), TestMemory::Gpu(memory)) => gpu.address(memory),
-            _ => memory.emulated().address(),
-        }
-    }
-
-    fn zero(&self, memory: &mut TestMemory) -> Result<(), BackendError> {
-        #[cfg(feature = "cuda")]
-        on_gpu!(self, memory, |gpu, memory| gpu.zero(memory));
-        memory.emulated_mut().as_mut_slice().fill(0);
-        Ok(())
-    }
-
-    fn upload(
-        &self,
-        memory: &mut TestMemory,
-        offset: usize,
-        bytes: &[u8],
-    ) -> Result<(), BackendError> {
-        #[cfg(feature = "cuda")]
-        on_gpu!(self, memory, |gpu, memory| gpu
-            .upload(memory, offset, bytes));
-        self.refuse_while_recording();
-        let to = memory.emulated_mut().as_mut_slice();
-        to[offset..][..bytes.len()].copy_from_slice(bytes);
-        Ok(())
-    }
-
-    fn download(
-        &self,
-        memory: &TestMemory,
-        offset: usize,
-        into: &mut [u8],
-    ) -> Result<(), BackendError> {
-        #[cfg(feature = "cuda")]
-        if let (Self::Gpu(gpu), TestMemory::Gpu(memory)) = (self, memory) {
-            return gpu.download(memory, offset, into);
-        }
-        self.refuse_while_recording();
-        into.copy_from_slice(&memory.emulated().as_slice()[offset..][..into.len()]);
-        Ok(())
-    }
-
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError> {
-        let schedule = match self {
-            Self::Emulated(_, recorder) if recorder.keeps(launch) => return Ok(()),
-            Self::Emulated(schedule, _) => *schedule,
-            #[cfg(feature = "cuda")]
-            // SAFETY: the caller's promise.
-            Self::Gpu(gpu) => return unsafe { gpu.launch(launch) },
-        };
-        let args = launch.args.iter().map(|arg| match arg {
-            Arg::Pointer(x) => cuda_emu::Arg::Pointer(*x),
-            Arg::I32(x) => cuda_emu::Arg::I32(*x),
-            Arg::F32(x) => cuda_emu::Arg::F32(*x),
-        });
-        let args: Vec<_> = args.collect();
-        let launch = cuda_emu::Launch {
-            kernel: launch.kernel,
-            grid: launch.grid,
-            block: [launch.threads, 1, 1],
-            shared_bytes: launch.shared_bytes,
-            schedule,
-        };
-        // SAFETY: the caller's promise.
-        let run = unsafe { launch.run(&args) };
-        run.map_err(|error| BackendError::Unavailable {
-            device: "emulation",
-            reason: error.to_string(),
-        })
-    }
-
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
-    unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool, BackendError> {
-        match self {
-            Self::Emulated(..) => Ok(false),
-            #[cfg(feature = "cuda")]
-            // SAFETY: the caller's promise.
-            Self::Gpu(gpu) => unsafe { gpu.gemm(gemm) },
-        }
-    }
-
-    fn begin_recording(&self) -> Result<(), BackendError> {
-        match self {
-            Self::Emulated(_, recorder) => {
-                recorder.begin();
-                Ok(())
-            }
-            #[cfg(feature = "cuda")]
-            Self::Gpu(gpu) => gpu.begin_recording(),
-        }
-    }
-
-    fn end_recording(&self) -> Result<TestGraph, BackendError> {
-        match self {
-            Self::Emulated(_, recorder) => Ok(TestGraph::Emulated(recorder.end())),
-            #[cfg(feature = "cuda")]
-            Self::Gpu(gpu) => gpu.end_recording().map(TestGraph::Gpu),
-        }
-    }
-
-    unsafe fn replay(&self, graph: &TestGraph) -> Result<(), BackendError> {
-        match (self, graph) {
-            #[cfg(feature = "cuda")]
-            // SAFETY: the caller's promise.
-            (Self::Gpu(gpu), TestGraph::Gpu(graph)) => unsafe { gpu.replay(graph) },
-            // SAFETY: the caller's promise.
-            (_, TestGraph::Emulated(recording)) => unsafe { recording.replay(self) },
-            #[cfg(feature = "cuda")]
-            _ => unreachable!("a recording of another driver"),
-        }
-    }
-}
 
 const STORAGES: [Storage; 2] = [Storage::BF16, Storage::F16];
 
@@ -309,6 +95,19 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 // ----------------------------------------------------------------------------------------------------- embed, norm, gather
+
+/// More than the host has room for at once (`Staging`): a piece that changed before it was copied would show.
+#[test]
+fn weights_of_many_pieces_arrive_whole() {
+    let table = Weights::random(&mut Random(21), 50, 300_000, DType::BF16);
+    let tokens = [0, 12, 13, 26, 27, 39, 49].map(TokenId);
+    let want = embed(&mut Reference, &table, &tokens);
+    for (storage, cuda) in &mut backends() {
+        if *storage == Storage::BF16 {
+            assert_same_bits("embed", &embed(cuda, &table, &tokens), &want);
+        }
+    }
+}
 
 #[test]
 fn embed_widens_the_table_exactly() {

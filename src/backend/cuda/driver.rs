@@ -108,10 +108,14 @@ pub struct DeviceShape {
     pub shared_bytes: usize,
 }
 
-/// A device with one stream of compute. Work is done in the order in which it is asked for; [`Self::download`] waits for it.
+/// A device with one stream of compute and one of copies. Each does its work in the order in which it is asked for.
 pub trait Driver: Send + 'static {
     /// A piece of device memory, freed when it is dropped and no work needs it any more.
     type Memory: Send;
+    /// A piece of the host's memory that the device copies from and to by itself; freed as [`Self::Memory`].
+    type HostMemory: AsRef<[u8]> + AsMut<[u8]> + Send;
+    /// A point among the copies.
+    type Mark: Send;
     /// Work that was recorded ([`Self::begin_recording`]).
     type Graph: Send;
 
@@ -150,19 +154,64 @@ pub trait Driver: Send + 'static {
         bytes: &[u8],
     ) -> Result<(), BackendError>;
 
-    /// Copies from `offset` once all work asked for so far is done.
+    /// Host memory, zeroed.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`].
+    fn host_memory(&self, bytes: usize) -> Result<Self::HostMemory, BackendError>;
+
+    /// Starts a copy of the first `bytes` bytes of `from` to the beginning of `into`, behind all computation asked for so far.
+    ///
+    /// # Errors
+    /// The device.
+    ///
+    /// # Panics
+    /// Past the end of either.
+    ///
+    /// # Safety
+    /// `into` is not touched before [`Self::wait`] has returned.
+    unsafe fn fetch(
+        &self,
+        from: &Self::Memory,
+        into: &mut Self::HostMemory,
+        bytes: usize,
+    ) -> Result<(), BackendError>;
+
+    /// Waits for all computation asked for so far, and for what it fetched.
     ///
     /// # Errors
     /// The device, for this or for earlier work.
+    fn wait(&self) -> Result<(), BackendError>;
+
+    /// Starts a copy of the first `bytes` bytes of `from` to `offset` of `to`, on the stream of copies.
+    ///
+    /// # Errors
+    /// The device.
     ///
     /// # Panics
-    /// Past the end of `memory`.
-    fn download(
+    /// Past the end of either.
+    ///
+    /// # Safety
+    /// `from` is not changed before the mark is reached, and no computation has a use for `to` before [`Self::join`].
+    unsafe fn push(
         &self,
-        memory: &Self::Memory,
+        to: &mut Self::Memory,
         offset: usize,
-        into: &mut [u8],
-    ) -> Result<(), BackendError>;
+        from: &Self::HostMemory,
+        bytes: usize,
+    ) -> Result<Self::Mark, BackendError>;
+
+    /// Waits until the copies are past `mark`.
+    ///
+    /// # Errors
+    /// The device, for this or for earlier copies.
+    fn reached(&self, mark: &Self::Mark) -> Result<(), BackendError>;
+
+    /// Computation asked for from here on begins behind all copies asked for so far.
+    ///
+    /// # Errors
+    /// The device.
+    fn join(&self) -> Result<(), BackendError>;
 
     /// Starts a kernel.
     ///

@@ -5,11 +5,9 @@ use half::{bf16, f16};
 use super::super::ops::bind_parts;
 use super::super::{BackendError, HostMatrix, KvShape, Matrix, Shaped};
 use super::driver::{Driver, Storage};
+use super::staging::{PIECE_BYTES, Return, Staging};
 use super::tiles::ROW_ALIGN;
 use crate::dtype::DType;
-
-/// Bytes converted on the host at once on their way to the device.
-const UPLOAD_BYTES: usize = 8 << 20;
 
 /// How the numbers of a buffer are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,12 +26,18 @@ impl Kept {
         }
     }
 
-    /// Appends `value` as it is kept.
-    fn push(self, value: f32, bytes: &mut Vec<u8>) {
+    /// Writes `values` as they are kept, and zeros behind them.
+    fn lay(self, values: &[f32], bytes: &mut [u8]) {
+        let (own, padding) = bytes.split_at_mut(values.len() * self.bytes());
+        padding.fill(0);
         match self {
-            Self::Activations(Storage::BF16) => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-            Self::Activations(Storage::F16) => bytes.extend(f16::from_f32(value).to_le_bytes()),
-            Self::Exact => bytes.extend(value.to_le_bytes()),
+            Self::Activations(Storage::BF16) => {
+                lay(values, own, |value| bf16::from_f32(value).to_le_bytes());
+            }
+            Self::Activations(Storage::F16) => {
+                lay(values, own, |value| f16::from_f32(value).to_le_bytes());
+            }
+            Self::Exact => lay(values, own, f32::to_le_bytes),
         }
     }
 
@@ -46,14 +50,21 @@ impl Kept {
     }
 }
 
+fn lay<const N: usize>(values: &[f32], bytes: &mut [u8], kept: impl Fn(f32) -> [u8; N]) {
+    let places = bytes.as_chunks_mut::<N>().0.iter_mut();
+    places
+        .zip(values)
+        .for_each(|(to, value)| *to = kept(*value));
+}
+
 /// (rows, width) on the device.
 pub struct Buffer<D: Driver> {
     rows: usize,
     width: usize,
     kept: Kept,
     memory: D::Memory,
-    /// Where reads and writes pass through; grows to the largest.
-    bytes: Vec<u8>,
+    /// Where reads pass through.
+    back: Return<D>,
     values: Vec<f32>,
 }
 
@@ -88,7 +99,7 @@ impl<D: Driver> Buffer<D> {
             width,
             kept,
             memory,
-            bytes: Vec::new(),
+            back: Return::EMPTY,
             values: Vec::new(),
         })
     }
@@ -100,29 +111,45 @@ impl<D: Driver> Buffer<D> {
 
     /// Overwrites the first rows; padding stays zero.
     pub(super) fn write(&mut self, driver: &D, values: &[f32]) -> Result<(), BackendError> {
-        self.bytes.clear();
-        for row in values.chunks_exact(self.width.max(1)) {
-            row.iter()
-                .for_each(|value| self.kept.push(*value, &mut self.bytes));
-            (row.len()..padded(self.width)).for_each(|_| self.kept.push(0.0, &mut self.bytes));
+        let row_bytes = self.row_bytes();
+        let rows = values.len() / self.width.max(1);
+        let mut bytes = vec![0; rows * row_bytes];
+        let rows = values.chunks_exact(self.width.max(1));
+        for (row, bytes) in rows.zip(bytes.chunks_exact_mut(row_bytes.max(1))) {
+            self.kept.lay(row, bytes);
         }
-        driver.upload(&mut self.memory, 0, &self.bytes)
+        driver.upload(&mut self.memory, 0, &bytes)
     }
 
-    /// The first `rows` rows without their padding.
+    fn row_bytes(&self) -> usize {
+        self.stride() * self.kept.bytes()
+    }
+
+    /// Starts the way of the first `rows` rows to the host, for [`Self::read`].
+    pub(super) fn fetch(&mut self, driver: &D, rows: usize) -> Result<(), BackendError> {
+        let row_bytes = self.row_bytes();
+        self.back.fetch(
+            driver,
+            &self.memory,
+            rows * row_bytes,
+            self.rows * row_bytes,
+        )
+    }
+
+    /// The first `rows` rows without their padding, as they were when their fetch was asked for, or else as they are.
     pub(super) fn read(&mut self, driver: &D, rows: usize) -> Result<&[f32], BackendError> {
-        let (row_bytes, used) = (
-            self.stride() * self.kept.bytes(),
-            self.width * self.kept.bytes(),
-        );
-        self.bytes.resize(rows * row_bytes, 0);
-        driver.download(&self.memory, 0, &mut self.bytes)?;
+        let row_bytes = self.row_bytes();
+        let used = self.width * self.kept.bytes();
         self.values.resize(rows * self.width, 0.0);
-        if self.width > 0 {
-            let rows = self
-                .bytes
-                .chunks_exact(row_bytes)
-                .zip(self.values.chunks_exact_mut(self.width));
+        if self.values.is_empty() {
+            return Ok(&[]);
+        }
+        if !self.back.is_coming(rows * row_bytes) {
+            self.fetch(driver, rows)?;
+        }
+        if let Some(bytes) = self.back.read(driver, rows * row_bytes)? {
+            let values = self.values.chunks_exact_mut(self.width);
+            let rows = bytes.chunks_exact(row_bytes).zip(values);
             rows.for_each(|(bytes, out)| self.kept.widen(&bytes[..used], out));
         }
         Ok(&self.values)
@@ -226,14 +253,14 @@ impl<D: Driver> Matrix for DeviceMatrix<D> {
 impl<D: Driver> DeviceMatrix<D> {
     /// The parts, rounded to `storage`, with the extension behind their columns.
     pub(super) fn new(
-        driver: &D,
+        to: (&D, &mut Staging<D>),
         parts: &[HostMatrix<'_>],
         extension: Option<HostMatrix<'_>>,
         storage: Storage,
     ) -> Result<Self, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(parts, extension.as_ref())?;
         let kept = Kept::Activations(storage);
-        let memory = upload(driver, parts, extension.as_ref(), kept)?;
+        let memory = upload(to, parts, extension.as_ref(), kept)?;
         Ok(Self {
             outputs,
             inputs,
@@ -245,14 +272,19 @@ impl<D: Driver> DeviceMatrix<D> {
 
     /// E: A_s and A_h rounded to `storage`, the gates' rows in f32.
     pub(super) fn experts(
-        driver: &D,
+        (driver, staging): (&D, &mut Staging<D>),
         lora_a: HostMatrix<'_>,
         gates: HostMatrix<'_>,
         storage: Storage,
     ) -> Result<Self, BackendError> {
         let (outputs, inputs, extension_inputs) = bind_parts(&[lora_a, gates], None)?;
-        let memory = upload(driver, &[lora_a], None, Kept::Activations(storage))?;
-        let exact = upload(driver, &[gates], None, Kept::Exact)?;
+        let memory = upload(
+            (driver, staging),
+            &[lora_a],
+            None,
+            Kept::Activations(storage),
+        )?;
+        let exact = upload((driver, staging), &[gates], None, Kept::Exact)?;
         let exact_rows = Some(ExactRows {
             rows: gates.rows,
             memory: exact,
@@ -297,7 +329,7 @@ pub(super) fn matrix_bytes(
 
 /// `parts` stacked, `extension` behind their columns, as `kept` says.
 fn upload<D: Driver>(
-    driver: &D,
+    (driver, staging): (&D, &mut Staging<D>),
     parts: &[HostMatrix<'_>],
     extension: Option<&HostMatrix<'_>>,
     kept: Kept,
@@ -307,37 +339,37 @@ fn upload<D: Driver>(
     let row_bytes = padded(width) * kept.bytes();
     let all_bytes = matrix_bytes(parts, extension, kept);
     let mut memory = driver.allocate("a matrix", all_bytes)?;
-    let mut bytes = Vec::with_capacity(UPLOAD_BYTES.min(all_bytes));
     let mut widened = vec![0.0; width];
-    let mut done = 0;
-    let stacked = parts
-        .iter()
-        .flat_map(|part| (0..part.rows).map(move |row| (part, row)));
-    for (output, (part, row)) in stacked.enumerate() {
+    let mut lay_row = |(output, (part, row)): (usize, (&HostMatrix<'_>, usize)), to: &mut [u8]| {
         let as_is = matches!(
             (kept, part.dtype),
             (Kept::Activations(Storage::BF16), DType::BF16)
         );
         if as_is && extension.is_none() {
-            bytes.extend_from_slice(part.row_bytes(row));
-        } else {
-            let (own, extended) = widened.split_at_mut(inputs);
-            part.widen_row(row, own);
-            if let Some(extension) = extension {
-                extension.widen_row(output, extended);
-            }
-            widened
-                .iter()
-                .for_each(|value| kept.push(*value, &mut bytes));
+            let (own, padding) = to.split_at_mut(inputs * kept.bytes());
+            own.copy_from_slice(part.row_bytes(row));
+            return padding.fill(0);
         }
-        bytes.resize(bytes.len().next_multiple_of(row_bytes.max(1)), 0);
-        if bytes.len() + row_bytes > UPLOAD_BYTES {
-            driver.upload(&mut memory, done, &bytes)?;
-            done += bytes.len();
-            bytes.clear();
+        let (own, extended) = widened.split_at_mut(inputs);
+        part.widen_row(row, own);
+        if let Some(extension) = extension {
+            extension.widen_row(output, extended);
         }
+        kept.lay(&widened, to);
+    };
+    let stacked = parts
+        .iter()
+        .flat_map(|part| (0..part.rows).map(move |row| (part, row)));
+    let mut rows = stacked.enumerate();
+    let piece = (PIECE_BYTES / row_bytes.max(1)).max(1) * row_bytes;
+    for offset in (0..all_bytes).step_by(piece.max(1)) {
+        let bytes = piece.min(all_bytes - offset);
+        staging.send(driver, (&mut memory, offset), bytes, |to| {
+            let places = to.chunks_exact_mut(row_bytes);
+            places.zip(&mut rows).for_each(|(to, row)| lay_row(row, to));
+        })?;
     }
-    driver.upload(&mut memory, done, &bytes)?;
+    driver.join()?;
     Ok(memory)
 }
 

@@ -13,8 +13,11 @@ mod memory;
 mod mix;
 mod sample;
 mod scratch;
+mod staging;
 mod step;
 mod tiles;
+
+use std::cell::RefCell;
 
 pub use driver::{Arg, DeviceShape, Driver, Gemm, Kernel, Launch, Storage};
 pub use memory::{Buffer, DeviceCache, DeviceMatrix};
@@ -34,6 +37,7 @@ use memory::{Kept, matrix_bytes};
 use mix::Rooms;
 use sample::{SampleRooms, SampleScratch};
 use scratch::Scratch;
+use staging::Staging;
 use tiles::{
     EMBED_THREADS, GATHER_THREADS, HEAD_SIZE_MAX, NORM_THREADS, PREFILL_ROWS, ROPE_THREADS,
 };
@@ -62,6 +66,8 @@ pub struct Cuda<D: Driver> {
     /// Of attention: what splits leave for the merge.
     attention_partials: Scratch<D>,
     sample: SampleScratch<D>,
+    /// While weights are loaded.
+    staging: RefCell<Staging<D>>,
 }
 
 impl<D: Driver> Cuda<D> {
@@ -76,6 +82,7 @@ impl<D: Driver> Cuda<D> {
             skinny_arrived: Scratch::new("counters of products"),
             attention_partials: Scratch::new("partial sums of attention"),
             sample: SampleScratch::new(),
+            staging: RefCell::new(Staging::EMPTY),
         }
     }
 
@@ -203,7 +210,13 @@ impl<D: Driver> Backend for Cuda<D> {
         format: WeightFormat,
     ) -> Result<DeviceMatrix<D>, BackendError> {
         bind_weight_format(format)?;
-        DeviceMatrix::new(&self.driver, parts, extension, self.options.storage)
+        let staging = &mut *self.staging.borrow_mut();
+        DeviceMatrix::new(
+            (&self.driver, staging),
+            parts,
+            extension,
+            self.options.storage,
+        )
     }
 
     fn experts(
@@ -211,7 +224,8 @@ impl<D: Driver> Backend for Cuda<D> {
         lora_a: HostMatrix<'_>,
         gates: HostMatrix<'_>,
     ) -> Result<DeviceMatrix<D>, BackendError> {
-        DeviceMatrix::experts(&self.driver, lora_a, gates, self.options.storage)
+        let staging = &mut *self.staging.borrow_mut();
+        DeviceMatrix::experts((&self.driver, staging), lora_a, gates, self.options.storage)
     }
 
     fn matrix_bytes(
@@ -259,6 +273,11 @@ impl<D: Driver> Backend for Cuda<D> {
         buffer.write(&self.driver, values)
     }
 
+    fn fetch(&self, buffer: &mut Buffer<D>, rows: usize) -> Result<(), BackendError> {
+        bind_read(buffer, rows)?;
+        buffer.fetch(&self.driver, rows)
+    }
+
     fn read<'a>(
         &'a self,
         buffer: &'a mut Buffer<D>,
@@ -279,6 +298,7 @@ impl<D: Driver> Backend for Cuda<D> {
     }
 
     fn reserve(&mut self, work: &Workload) -> Result<(), BackendError> {
+        *self.staging.borrow_mut() = Staging::EMPTY;
         let Rooms { partials, arrived } = Rooms::of(work);
         let [skinny_partials, skinny_arrived] = skinny_rooms(self.driver.shape());
         let scratches = [
@@ -444,12 +464,11 @@ impl<D: Driver> Backend for Cuda<D> {
         true
     }
 
-    fn sample(
-        &mut self,
-        logits: &Buffer<D>,
-        rows: &[SampleRow],
-        sampled: &mut Sampled,
-    ) -> Result<bool, BackendError> {
-        self.sample_rows(logits, rows, sampled)
+    fn sample(&mut self, logits: &Buffer<D>, rows: &[SampleRow]) -> Result<bool, BackendError> {
+        self.sample_rows(logits, rows)
+    }
+
+    fn sampled(&mut self, rows: &[SampleRow], sampled: &mut Sampled) -> Result<(), BackendError> {
+        self.sampled_rows(rows, sampled)
     }
 }

@@ -3,6 +3,7 @@
 use super::super::{BackendError, SampleFault, SampleRow, Sampled, Shaped};
 use super::driver::{Driver, Kernel};
 use super::memory::padded;
+use super::staging::Return;
 use super::tiles::{SAMPLE_BINS, SAMPLE_ROW_WORDS, SAMPLE_THREADS, SAMPLE_TOP, WARP};
 use super::{Arg, Buffer, Cuda, Scratch, StepLimits, int, unsupported};
 use crate::types::TokenId;
@@ -26,7 +27,7 @@ pub(super) struct SampleScratch<D: Driver> {
     wants: Scratch<D>,
     work: Scratch<D>,
     results: Scratch<D>,
-    bytes: Vec<u8>,
+    back: Return<D>,
 }
 
 impl<D: Driver> SampleScratch<D> {
@@ -37,7 +38,7 @@ impl<D: Driver> SampleScratch<D> {
             wants: Scratch::new("what rows are sampled with"),
             work: Scratch::new("logits with biases and penalties"),
             results: Scratch::new("sampled tokens"),
-            bytes: Vec::new(),
+            back: Return::EMPTY,
         }
     }
 }
@@ -72,8 +73,7 @@ impl<D: Driver> SampleScratch<D> {
         self.wants.reserve(driver, rooms.words)?;
         self.work.reserve(driver, rooms.work)?;
         self.results.reserve(driver, rooms.results)?;
-        self.bytes.reserve_exact(rooms.results);
-        Ok(())
+        self.back.reserve(driver, rooms.results)
     }
 
     fn has_room(&self, rows: &[SampleRow]) -> bool {
@@ -88,7 +88,6 @@ impl<D: Driver> Cuda<D> {
         &mut self,
         logits: &Buffer<D>,
         rows: &[SampleRow],
-        sampled: &mut Sampled,
     ) -> Result<bool, BackendError> {
         bind(logits, rows)?;
         let vocabulary = logits.width();
@@ -96,7 +95,6 @@ impl<D: Driver> Cuda<D> {
         if !self.sample.has_room(rows) {
             return Ok(false);
         }
-        clear(sampled);
         if rows.is_empty() {
             return Ok(true);
         }
@@ -130,8 +128,23 @@ impl<D: Driver> Cuda<D> {
         ];
         let grid = ([rows.len(), 1, 1], SAMPLE_THREADS);
         self.launch(Kernel::exact("sample"), grid, SHARED_BYTES, &list)?;
-        self.sample.read(&self.driver, rows, sampled)?;
+        self.sample.fetch(&self.driver, rows.len())?;
         Ok(true)
+    }
+
+    /// [`super::Backend::sampled`].
+    pub(super) fn sampled_rows(
+        &mut self,
+        rows: &[SampleRow],
+        sampled: &mut Sampled,
+    ) -> Result<(), BackendError> {
+        sampled.tokens.clear();
+        sampled.logprobs.clear();
+        sampled.top.clear();
+        match rows {
+            [] => Ok(()),
+            _ => self.sample.read(&self.driver, rows, sampled),
+        }
     }
 }
 
@@ -162,12 +175,6 @@ fn bind<D: Driver>(logits: &Buffer<D>, rows: &[SampleRow]) -> Result<(), Backend
         }
     }
     Ok(())
-}
-
-fn clear(sampled: &mut Sampled) {
-    sampled.tokens.clear();
-    sampled.logprobs.clear();
-    sampled.top.clear();
 }
 
 impl SampleRow {
@@ -217,15 +224,32 @@ impl<D: Driver> SampleScratch<D> {
         (lists, bits)
     }
 
+    /// Starts the way back of the results of so many rows.
+    fn fetch(&mut self, driver: &D, rows: usize) -> Result<(), BackendError> {
+        let bytes = rows * RESULT_WORDS * 4;
+        match self.results.memory() {
+            Some(results) => self.back.fetch(driver, results, bytes, bytes),
+            None => Ok(()),
+        }
+    }
+
     fn read(
         &mut self,
         driver: &D,
         rows: &[SampleRow],
         sampled: &mut Sampled,
     ) -> Result<(), BackendError> {
-        self.bytes.resize(rows.len() * RESULT_WORDS * 4, 0);
-        self.results.download(driver, &mut self.bytes)?;
-        let words = self.bytes.as_chunks::<4>().0;
+        let came = self.back.read(driver, rows.len() * RESULT_WORDS * 4)?;
+        let Some(bytes) = came else {
+            let expected = "as many as the last `sample` was given";
+            return Err(unsupported(
+                "sampled",
+                "rows",
+                expected,
+                rows.len().to_string(),
+            ));
+        };
+        let words = bytes.as_chunks::<4>().0;
         let word = |at: usize| i32::from_le_bytes(words[at]);
         let n = rows.len();
         for (i, row) in rows.iter().enumerate() {

@@ -39,11 +39,8 @@ impl<D: Driver> Scratch<D> {
         Ok(address)
     }
 
-    /// Copies from the beginning, after all work so far.
-    pub(super) fn download(&self, driver: &D, into: &mut [u8]) -> Result<(), BackendError> {
-        match &self.memory {
-            Some(memory) => driver.download(memory, 0, into),
-            None => Ok(()),
-        }
+    /// What was reserved.
+    pub(super) fn memory(&self) -> Option<&D::Memory> {
+        self.memory.as_ref()
     }
 }

@@ -56,7 +56,7 @@ impl Device {
         self.zero(&mut from)?;
         self.zero(&mut to)?;
         // Read and written.
-        self.rates(2.0 * COPY_BYTES as f64, &from, || {
+        self.rates(2.0 * COPY_BYTES as f64, || {
             let stream = self.stream.cu_stream();
             // SAFETY: both pieces are as long.
             let copied =
@@ -86,27 +86,26 @@ impl Device {
             w: w.address,
             y: y.address,
         };
-        self.rates(2.0 * (PRODUCT as f64).powi(3), &y, || {
+        self.rates(2.0 * (PRODUCT as f64).powi(3), || {
             // SAFETY: the three pieces are as large as the shapes say.
             unsafe { Driver::gemm(self, &gemm) }.map(|_| ())
         })
     }
 
-    /// `amount` over the seconds of one call of `work`, over the repeats. `memory`: any, to wait at.
+    /// `amount` over the seconds of one call of `work`, over the repeats.
     fn rates(
         &self,
         amount: f64,
-        memory: &DeviceMemory,
         work: impl Fn() -> Result<(), BackendError>,
     ) -> Result<Vec<f64>, BackendError> {
         let mut rates = Vec::with_capacity(REPEATS + 1);
         for _ in 0..=REPEATS {
-            self.download(memory, 0, &mut [])?;
+            self.wait()?;
             let begun = Instant::now();
             for _ in 0..ROUNDS {
                 work()?;
             }
-            self.download(memory, 0, &mut [])?;
+            self.wait()?;
             rates.push(amount * ROUNDS as f64 / begun.elapsed().as_secs_f64());
         }
         rates.remove(0);

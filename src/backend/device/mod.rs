@@ -13,10 +13,12 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::BackendError;
 use super::cuda::{Arg, DeviceShape, Driver, Gemm, Launch};
 
+mod copies;
 mod graph;
 mod limits;
 mod products;
 
+use copies::{HostMemory, Mark};
 use graph::Graph;
 use products::Products;
 
@@ -50,10 +52,11 @@ pub struct DeviceInfo {
     pub free_bytes: usize,
 }
 
-/// One GPU with one stream.
+/// One GPU with a stream of compute and one of copies.
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    copies: Arc<CudaStream>,
     shape: DeviceShape,
     modules: Vec<Module>,
     functions: RefCell<HashMap<&'static str, Function>>,
@@ -129,9 +132,10 @@ impl Device {
     }
 
     fn on(context: Arc<CudaContext>) -> Result<Self, BackendError> {
-        // SAFETY: all work is on one stream, in order; nothing waits on the events that this would record.
+        // SAFETY: computation is on one stream, in order, and waits for the other one by our own events.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(refused("making a stream"))?;
+        let copies = context.new_stream().map_err(refused("making a stream"))?;
         let load = |fatbin: &[u8]| {
             // SAFETY: a whole image that nvcc wrote; the driver copies what it needs.
             let module = unsafe { result::module::load_data(fatbin.as_ptr().cast()) };
@@ -143,6 +147,7 @@ impl Device {
         let mut device = Self {
             context,
             stream,
+            copies,
             shape,
             modules,
             functions: RefCell::new(HashMap::new()),
@@ -271,6 +276,8 @@ impl Drop for DeviceMemory {
 
 impl Driver for Device {
     type Memory = DeviceMemory;
+    type HostMemory = HostMemory;
+    type Mark = Mark;
     type Graph = Graph;
 
     fn shape(&self) -> DeviceShape {
@@ -341,26 +348,44 @@ impl Driver for Device {
         copied.map_err(refused("copying to the device"))
     }
 
-    fn download(
+    fn host_memory(&self, bytes: usize) -> Result<HostMemory, BackendError> {
+        self.pinned(bytes)
+    }
+
+    unsafe fn fetch(
         &self,
-        memory: &DeviceMemory,
-        offset: usize,
-        into: &mut [u8],
+        from: &DeviceMemory,
+        into: &mut HostMemory,
+        bytes: usize,
     ) -> Result<(), BackendError> {
-        assert!(
-            offset + into.len() <= memory.bytes,
-            "past the end of device memory"
-        );
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_back(from, into, bytes) }
+    }
+
+    fn wait(&self) -> Result<(), BackendError> {
         self.bind()?;
-        let (from, stream) = (memory.address + offset as u64, self.stream.cu_stream());
-        if !into.is_empty() {
-            // SAFETY: within the allocation; `into` lives until the stream has been waited for.
-            let copied = unsafe { result::memcpy_dtoh_async(into, from, stream) };
-            copied.map_err(refused("copying from the device"))?;
-        }
         // SAFETY: our own stream.
-        let done = unsafe { result::stream::synchronize(stream) };
+        let done = unsafe { result::stream::synchronize(self.stream.cu_stream()) };
         done.map_err(refused("a step on the device"))
+    }
+
+    unsafe fn push(
+        &self,
+        to: &mut DeviceMemory,
+        offset: usize,
+        from: &HostMemory,
+        bytes: usize,
+    ) -> Result<Mark, BackendError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_in(to, offset, from, bytes) }
+    }
+
+    fn reached(&self, mark: &Mark) -> Result<(), BackendError> {
+        self.wait_for(mark)
+    }
+
+    fn join(&self) -> Result<(), BackendError> {
+        self.join_copies()
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError> {

@@ -18,6 +18,8 @@ struct Asked {
     launches: Arc<AtomicUsize>,
     vendor_products: Arc<AtomicUsize>,
     replays: Arc<AtomicUsize>,
+    fetches: Arc<AtomicUsize>,
+    waits: Arc<AtomicUsize>,
     refuses_to_record: bool,
 }
 
@@ -26,6 +28,11 @@ impl Asked {
         [&self.launches, &self.vendor_products, &self.replays]
             .map(|count| count.swap(0, Ordering::SeqCst))
     }
+
+    /// Copies back, and waits.
+    fn take_copies(&self) -> [usize; 2] {
+        [&self.fetches, &self.waits].map(|count| count.swap(0, Ordering::SeqCst))
+    }
 }
 
 /// Addresses without memory.
@@ -33,6 +40,8 @@ struct Nowhere(Asked);
 
 impl Driver for Nowhere {
     type Memory = ();
+    type HostMemory = Vec<u8>;
+    type Mark = ();
     type Graph = ();
 
     fn shape(&self) -> DeviceShape {
@@ -62,8 +71,35 @@ impl Driver for Nowhere {
         Ok(())
     }
 
-    fn download(&self, (): &(), _: usize, into: &mut [u8]) -> Result<(), BackendError> {
-        into.fill(0);
+    fn host_memory(&self, bytes: usize) -> Result<Vec<u8>, BackendError> {
+        Ok(vec![0; bytes])
+    }
+
+    unsafe fn fetch(&self, (): &(), _: &mut Vec<u8>, _: usize) -> Result<(), BackendError> {
+        self.0.fetches.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<(), BackendError> {
+        self.0.waits.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    unsafe fn push(
+        &self,
+        (): &mut (),
+        _: usize,
+        _: &Vec<u8>,
+        _: usize,
+    ) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn reached(&self, (): &()) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn join(&self) -> Result<(), BackendError> {
         Ok(())
     }
 
@@ -128,12 +164,13 @@ fn model_on(
     (model, asked)
 }
 
-/// Steps of `rows` tokens a sequence from `start` on; what they take from the allocator.
-fn allocations(
+/// `work` on a step of `rows` tokens a sequence from `start` on, each with logits.
+fn on_step<R>(
     model: &mut RoutedLlama<Cuda<Nowhere>>,
     rows: [usize; SEQUENCES],
     start: usize,
-) -> u64 {
+    work: impl FnOnce(&mut RoutedLlama<Cuda<Nowhere>>, &StepLayout<'_>) -> R,
+) -> R {
     let blocks: Vec<_> = (0..model.kv_shape().blocks as u32)
         .map(BlockId::new)
         .collect();
@@ -147,27 +184,55 @@ fn allocations(
             gates: Variant::Routed.gates(),
         })
         .collect();
-    let tokens = vec![TokenId(3); rows.iter().sum()];
     let layout = StepLayout {
-        tokens: &tokens,
+        tokens: &vec![TokenId(3); rows.iter().sum()],
         sequences: &sequences,
         logit_rows: &[0, 1, 2],
     };
+    work(model, &layout)
+}
+
+/// What such steps take from the allocator.
+fn allocations(
+    model: &mut RoutedLlama<Cuda<Nowhere>>,
+    rows: [usize; SEQUENCES],
+    start: usize,
+) -> u64 {
+    on_step(model, rows, start, |model, layout| {
+        let rows = vec![SampleRow::default(); SEQUENCES];
+        let mut sampled = Sampled::default();
+        let mut sample = || {
+            let submitted = model.submit(layout, &rows).unwrap();
+            let output = model.collect(submitted, &rows, &mut sampled).unwrap();
+            assert!(output.sampled);
+        };
+        // The client's own lists find their room.
+        sample();
+        let sampling = allocation_counter::measure(sample).count_total;
+        let reading = allocation_counter::measure(|| {
+            model.forward(layout).unwrap();
+        });
+        sampling + reading.count_total
+    })
+}
+
+#[test]
+fn a_step_is_asked_for_without_waiting_and_its_results_come_back_behind_it() {
+    let (mut model, asked) = model(false, true);
     let rows = vec![SampleRow::default(); SEQUENCES];
-    let mut sampled = Sampled::default();
-    let mut sample = || {
-        let (_, done) = model
-            .forward_and_sample(&layout, &rows, &mut sampled)
-            .unwrap();
-        assert!(done);
-    };
-    // The client's own lists find their room.
-    sample();
-    let sampling = allocation_counter::measure(sample).count_total;
-    let reading = allocation_counter::measure(|| {
-        model.forward(&layout).unwrap();
-    });
-    sampling + reading.count_total
+    // Tokens and gates; without tokens, logits and gates.
+    for rows in [&rows[..], &[]] {
+        asked.take_copies();
+        on_step(&mut model, [1, 1, 1], 7, |model, layout| {
+            let submitted = model.submit(layout, rows).unwrap();
+            assert_eq!(asked.take_copies(), [2, 0]);
+            let mut sampled = Sampled::default();
+            let output = model.collect(submitted, rows, &mut sampled).unwrap();
+            assert_eq!(output.sampled, !rows.is_empty());
+        });
+        let [fetches, waits] = asked.take_copies();
+        assert!(fetches == 0 && waits > 0, "{fetches} {waits}");
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use midpo::dtype::BlockType;
 use midpo::model::{self, ModelOptions, RoutedLlama};
 use midpo::types::{BLOCK_TOKENS, BlockId, TokenId, Variant};
 
-use super::{TestDriver, TestGraph, TestMemory};
+use super::{TestDriver, TestGraph, TestHostMemory, TestMark, TestMemory};
 use crate::golden::load;
 
 const FIXTURES: [(&str, bool); 3] = [
@@ -50,6 +50,8 @@ pub(super) fn counting(graphs: bool) -> (Cuda<Counting>, Counts) {
 
 impl Driver for Counting {
     type Memory = TestMemory;
+    type HostMemory = TestHostMemory;
+    type Mark = TestMark;
     type Graph = TestGraph;
 
     fn shape(&self) -> DeviceShape {
@@ -85,13 +87,41 @@ impl Driver for Counting {
         self.inner.upload(memory, offset, bytes)
     }
 
-    fn download(
+    fn host_memory(&self, bytes: usize) -> Result<TestHostMemory, BackendError> {
+        self.inner.host_memory(bytes)
+    }
+
+    unsafe fn fetch(
         &self,
-        memory: &TestMemory,
-        offset: usize,
-        into: &mut [u8],
+        from: &TestMemory,
+        into: &mut TestHostMemory,
+        bytes: usize,
     ) -> Result<(), BackendError> {
-        self.inner.download(memory, offset, into)
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.fetch(from, into, bytes) }
+    }
+
+    fn wait(&self) -> Result<(), BackendError> {
+        self.inner.wait()
+    }
+
+    unsafe fn push(
+        &self,
+        to: &mut TestMemory,
+        offset: usize,
+        from: &TestHostMemory,
+        bytes: usize,
+    ) -> Result<TestMark, BackendError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.push(to, offset, from, bytes) }
+    }
+
+    fn reached(&self, mark: &TestMark) -> Result<(), BackendError> {
+        self.inner.reached(mark)
+    }
+
+    fn join(&self) -> Result<(), BackendError> {
+        self.inner.join()
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), BackendError> {

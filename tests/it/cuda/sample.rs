@@ -150,7 +150,8 @@ fn on_device(cuda: &mut Cuda<TestDriver>, cases: &[Case]) -> Sampled {
     cuda.write(&mut logits, &values).unwrap();
     let rows: Vec<_> = cases.iter().map(Case::row).collect();
     let mut sampled = Sampled::default();
-    cuda.sample(&logits, &rows, &mut sampled).unwrap();
+    assert!(cuda.sample(&logits, &rows).unwrap());
+    cuda.sampled(&rows, &mut sampled).unwrap();
     sampled
 }
 
@@ -224,7 +225,8 @@ fn sample_weighs_tokens_as_the_host_does_to_the_unit() {
         let mut buffer = cuda.exact_buffer(rows.len(), logits.len()).unwrap();
         cuda.write(&mut buffer, &logits.repeat(rows.len())).unwrap();
         let mut sampled = Sampled::default();
-        cuda.sample(&buffer, &rows, &mut sampled).unwrap();
+        assert!(cuda.sample(&buffer, &rows).unwrap());
+        cuda.sampled(&rows, &mut sampled).unwrap();
         assert_eq!(sampled.tokens, want);
     }
 }
@@ -326,7 +328,16 @@ fn sample_leaves_to_the_host_what_nobody_reserved_room_for() {
         // Room is for 4096 words of lists a row on average.
         for (longs, there) in [([8192, 0], true), ([8192, 1], false), ([4096, 4096], true)] {
             let rows = longs.map(row);
-            assert_eq!(cuda.sample(&logits, &rows, &mut sampled).unwrap(), there);
+            assert_eq!(cuda.sample(&logits, &rows).unwrap(), there);
+            if there {
+                // Other rows than were sampled.
+                assert!(cuda.sampled(&rows[..1], &mut sampled).is_err());
+                assert!(cuda.sample(&logits, &rows).unwrap());
+                cuda.sampled(&rows, &mut sampled).unwrap();
+            } else {
+                assert!(cuda.sampled(&rows, &mut sampled).is_err());
+                continue;
+            }
             assert_eq!(sampled.tokens, [Ok(TokenId(0)); 2], "{longs:?}");
         }
     }
@@ -342,11 +353,10 @@ fn sample_refuses_what_it_cannot_do() {
     for (_, cuda) in &mut backends() {
         let logits = cuda.exact_buffer(1, 33).unwrap();
         let inexact = cuda.buffer(1, 33).unwrap();
-        let mut refused =
-            |logits, rows: &[SampleRow]| match cuda.sample(logits, rows, &mut Sampled::default()) {
-                Err(BackendError::Contract { operand, .. }) => operand,
-                other => panic!("{other:?}"),
-            };
+        let mut refused = |logits, rows: &[SampleRow]| match cuda.sample(logits, rows) {
+            Err(BackendError::Contract { operand, .. }) => operand,
+            other => panic!("{other:?}"),
+        };
         assert_eq!(refused(&logits, &[row(None, 2), row(None, 2)]), "rows");
         assert_eq!(refused(&logits, &[row(Some(21), 2)]), "top");
         assert_eq!(refused(&logits, &[row(None, 1)]), "allowed");

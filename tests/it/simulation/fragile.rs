@@ -108,6 +108,10 @@ impl Backend for Fragile {
         self.inner.write(buffer, values)
     }
 
+    fn fetch(&self, buffer: &mut Self::Buffer, rows: usize) -> Made<()> {
+        self.inner.fetch(buffer, rows)
+    }
+
     fn read<'a>(&'a self, buffer: &'a mut Self::Buffer, rows: usize) -> Made<&'a [f32]> {
         self.inner.read(buffer, rows)
     }
