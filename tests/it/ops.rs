@@ -11,7 +11,7 @@ use midpo::backend::ops::{self, ExpertShape, Heads};
 use midpo::backend::reference::Reference;
 use midpo::backend::{
     Backend, BackendError, HostMatrix, KvFormat, KvShape, StepLayout, StepLimits, StepSequence,
-    WeightFormat,
+    WeightFormat, Workload,
 };
 use midpo::dtype::{BlockType, DType};
 use midpo::types::{BLOCK_TOKENS, BlockId, GateOverride, GateRule, TokenId, Variant};
@@ -708,6 +708,18 @@ impl AttentionCase {
         rows: &Step,
         change: impl Fn(f32) -> f32,
     ) -> Vec<f32> {
+        let mut y = self.run_into(backend, cache, rows, change);
+        let n = rows.iter().map(|(_, rows)| rows.len()).sum();
+        backend.read(&mut y, n).unwrap().to_vec()
+    }
+
+    fn run_into<B: Backend>(
+        &self,
+        backend: &mut B,
+        cache: &mut B::KvCache,
+        rows: &Step,
+        change: impl Fn(f32) -> f32,
+    ) -> B::Buffer {
         let (layer, heads) = (1, self.heads);
         let (width, out) = (heads.qkv_width(), heads.query * heads.size);
         let positions = self.rope.len() / heads.size;
@@ -739,7 +751,7 @@ impl AttentionCase {
             y: &mut y,
         };
         backend.attention(attend).unwrap();
-        backend.read(&mut y, n).unwrap().to_vec()
+        y
     }
 
     fn step<B: Backend>(&self, backend: &B, rows: &Step) -> B::Step {
@@ -1135,6 +1147,96 @@ fn silu_mul_expert_mix_matches_the_reference_for_all_rules_and_sizes() {
     }
 }
 
+type CpuBuffer = <Cpu as Backend>::Buffer;
+
+/// Into `y`, which was made before `x` was written: making a buffer forgets what was kept of the last one.
+fn product(
+    cpu: &mut Cpu,
+    w: &<Cpu as Backend>::Matrix,
+    (x, y): (&CpuBuffer, &mut CpuBuffer),
+    n: usize,
+) -> Vec<f32> {
+    let call = ops::MatMul {
+        n,
+        x,
+        w,
+        y,
+        add: false,
+    };
+    cpu.matmul(call).unwrap();
+    cpu.read(y, n).unwrap().to_vec()
+}
+
+/// What an op left in `x` (n, width), read by a product behind it, and by one that nothing was kept for.
+fn check_product_behind(
+    cpu: &mut Cpu,
+    (mut x, y): (CpuBuffer, &mut CpuBuffer),
+    (n, width): (usize, usize),
+) {
+    let w = Weights::random(&mut Random(18), 50, width, DType::Q4_0);
+    let matrix = cpu.matrix(&[w.host()], None, WeightFormat::Stored).unwrap();
+    let behind = product(cpu, &matrix, (&x, &mut *y), n);
+    let values = cpu.read(&mut x, n).unwrap().to_vec();
+    let alone = filled(cpu, n, width, &values);
+    let what = format!("{} {n} x {width}", label(cpu));
+    assert_same_bits(&what, &behind, &product(cpu, &matrix, (&alone, y), n));
+}
+
+/// As of the mix below, of all others that products follow, on a backend that was told how wide products are.
+#[test]
+fn a_product_behind_a_norm_attention_or_silu_has_the_bits_of_one_that_met_its_input_alone() {
+    let (random, mut cpus) = (&mut Random(17), cpus());
+    for cpu in cpus.iter_mut().flatten() {
+        for (n, size, inputs) in [
+            (1, 32, 320),
+            (7, 64, 320),
+            (45, 96, 288),
+            (6, 48, 320),
+            (9, 64, 64),
+        ] {
+            let heads = Heads {
+                query: 3,
+                kv: 1,
+                size,
+            };
+            let work = Workload {
+                limits: limits(n),
+                heads,
+                layers: 1,
+                mlp_width: 320,
+                expert_width: 0,
+                quantised_inputs: inputs,
+            };
+            cpu.reserve(&work).unwrap();
+            let mut out = cpu.buffer(n, 50).unwrap();
+            let (x, weight) = (random.numbers(n * 288), random.numbers(288));
+            let (x, weight) = (exact(cpu, n, 288, &x), exact(cpu, 1, 288, &weight));
+            let mut y = cpu.buffer(n, 288).unwrap();
+            let norm = ops::RmsNorm {
+                n,
+                x: &x,
+                weight: &weight,
+                eps: 1e-5,
+                y: &mut y,
+            };
+            cpu.rms_norm(norm).unwrap();
+            check_product_behind(cpu, (y, &mut out), (n, 288));
+            let case = AttentionCase::new(random, heads, KvFormat::BF16, &[n]);
+            let mut cache = case.cache(cpu);
+            let y = case.run_into(cpu, &mut cache, &case.whole()[0], |x| x);
+            if (3 * size).is_multiple_of(32) {
+                check_product_behind(cpu, (y, &mut out), (n, 3 * size));
+            }
+            let silu = MixCase {
+                experts: None,
+                ..MixCase::new(random, (320, n), (4, 4), DType::F32)
+            };
+            let (hu, _) = silu.run_into(cpu, 0..n);
+            check_product_behind(cpu, (hu, &mut out), (n, 320));
+        }
+    }
+}
+
 /// A mix whose hu a product reads next: what the mix kept of hu for it must be what the product would make of it.
 #[test]
 fn a_product_behind_the_mix_has_the_bits_of_one_that_met_hu_alone() {
@@ -1153,18 +1255,8 @@ fn a_product_behind_the_mix_has_the_bits_of_one_that_met_hu_alone() {
             let matrix = cpu
                 .matrix(&[down.host()], Some(extension.host()), WeightFormat::Stored)
                 .unwrap();
-            let product = |cpu: &mut Cpu, hu: &<Cpu as Backend>::Buffer| {
-                let mut y = cpu.buffer(n, 50).unwrap();
-                let call = ops::MatMul {
-                    n,
-                    x: hu,
-                    w: &matrix,
-                    y: &mut y,
-                    add: false,
-                };
-                cpu.matmul(call).unwrap();
-                cpu.read(&mut y, n).unwrap().to_vec()
-            };
+            let mut y = cpu.buffer(n, 50).unwrap();
+            let mut product = |cpu: &mut Cpu, hu: &_| product(cpu, &matrix, (hu, &mut y), n);
             let (mut hu, _) = mix.run_into(cpu, 0..n);
             let behind = product(cpu, &hu);
             let values = cpu.read(&mut hu, n).unwrap().to_vec();

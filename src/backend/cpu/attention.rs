@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use super::gemm::{Bf16s, F32s, Int8s, Target, Tile, Weights, panels_beside};
+use super::int8;
 use super::kv::{KvMemory, View, block_at, scales_at};
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, exp, largest, load_some, store_some, sum};
@@ -131,6 +132,8 @@ pub struct Context<'a> {
     pub cache: &'a KvMemory,
     /// (n, query heads * head size).
     pub y: &'a Parts<'a, f32>,
+    /// Receives y as block formats meet it, if it has room; a head is whole blocks then.
+    pub blocks: int8::Blocks,
 }
 
 /// What one chunk of the op does.
@@ -374,8 +377,11 @@ impl<'a> Context<'a> {
         let first_row = self.sequence(unit).first_row + unit.first;
         for query in 0..self.queries(unit) {
             let scale = simd.splat(1.0 / merged[totals + query]);
-            let head = unit.kv_head * group + query % group;
-            let at = ((first_row + query / group) * self.heads.query + head) * size;
+            let (row, head) = (
+                first_row + query / group,
+                unit.kv_head * group + query % group,
+            );
+            let at = (row * self.heads.query + head) * size;
             // SAFETY: a head of a row belongs to one unit.
             let y = unsafe { self.y.slice(at, size) };
             for at in (0..size).step_by(LANES) {
@@ -386,6 +392,7 @@ impl<'a> Context<'a> {
                     store_some(simd, y[at..].as_mut_ptr(), lanes, simd.mul(mixed, scale));
                 }
             }
+            self.blocks.write(simd, row, head * size, y);
         }
     }
 }

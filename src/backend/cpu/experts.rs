@@ -14,7 +14,7 @@ use super::int8;
 use super::pack::PackedMatrix;
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, load_some, silu, store_some};
-use crate::backend::ops::{ExpertShape, INT8_BLOCK, bind_parts};
+use crate::backend::ops::{ExpertShape, bind_parts};
 use crate::backend::{BackendError, HostMatrix, HostSequence, HostStep, Matrix};
 use crate::types::GateOverride;
 
@@ -46,7 +46,7 @@ pub struct Context<'a> {
     pub gates_width: usize,
     /// (n, w + 2): takes z instead.
     pub z: Option<&'a Parts<'a, f32>>,
-    /// Receives hu as block formats meet it: the blocks of h, then those of u; of no length where E is of floats.
+    /// Receives hu as block formats meet it: the blocks of h, then those of u, as far as it has room.
     pub blocks: int8::Blocks,
 }
 
@@ -238,16 +238,7 @@ impl Context<'_> {
                     unsafe { *to.add(gate) = super::simd::sum(simd, dot) };
                 }
             }
-            self.quantise(simd, row, inputs.start, h);
-        }
-    }
-
-    /// `x` is what row `row` of hu has from column `column` on.
-    #[inline(always)]
-    fn quantise<S: Simd>(&self, simd: S, row: usize, column: usize, x: &[f32]) {
-        let at = column / INT8_BLOCK;
-        if at + x.len() / INT8_BLOCK <= self.blocks.stride {
-            self.blocks.write(simd, row, at, x);
+            self.blocks.write(simd, row, inputs.start, h);
         }
     }
 
@@ -323,7 +314,7 @@ impl Context<'_> {
             )
         };
         mixed(z, shape, self.sequence_of(row).gates, (u, gates));
-        self.quantise(simd, row, self.m, u);
+        self.blocks.write(simd, row, self.m, u);
     }
 
     fn sequence_of(&self, row: usize) -> HostSequence<'_> {

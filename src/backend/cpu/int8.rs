@@ -66,6 +66,13 @@ unsafe impl Send for Blocks {}
 unsafe impl Sync for Blocks {}
 
 impl Blocks {
+    /// Of no length.
+    pub const NONE: Self = Self {
+        start: std::ptr::null_mut(),
+        len: 0,
+        stride: 0,
+    };
+
     /// Blocks that `rows` rows take.
     pub const fn room(rows: usize, stride: usize) -> usize {
         rows.next_multiple_of(GROUP) * stride
@@ -95,15 +102,17 @@ impl Blocks {
             .cast_const()
     }
 
-    /// Quantises the whole blocks of `x`, which is what row `row` has from block `block` on.
+    /// Quantises the whole blocks of `x`, which is what row `row` has from column `column` on; nothing, if the row has no room for it.
     ///
     /// # Panics
-    /// When the row does not have them.
+    /// When there is no such row.
     #[inline(always)]
-    pub fn write<S: Simd>(&self, simd: S, row: usize, block: usize, x: &[f32]) {
-        let (x, _) = x.as_chunks::<INT8_BLOCK>();
-        let room = Self::room(row + 1, self.stride);
-        assert!(block + x.len() <= self.stride && room <= self.len);
+    pub fn write<S: Simd>(&self, simd: S, row: usize, column: usize, x: &[f32]) {
+        let (block, (x, _)) = (column / INT8_BLOCK, x.as_chunks::<INT8_BLOCK>());
+        if block + x.len() > self.stride {
+            return;
+        }
+        assert!(Self::room(row + 1, self.stride) <= self.len);
         let first = (row / GROUP * self.stride + block) * GROUP + row % GROUP;
         for (i, x) in x.iter().enumerate() {
             // SAFETY: within the blocks by the assertion, and nobody else's by contract.

@@ -79,8 +79,10 @@ struct Shared {
     units: Vec<attention::Unit>,
     parts: Vec<f32>,
     blocks: Vec<int8::Block>,
-    /// What `blocks` hold for the op that follows, if `silu_mul_expert_mix` came before it.
+    /// What `blocks` hold for the product that follows.
     quantised: Cell<Option<Quantised>>,
+    /// Most inputs that products meet in blocks, as `reserve` was told.
+    quantised_inputs: usize,
 }
 
 /// Rows in [`Shared::blocks`].
@@ -106,6 +108,21 @@ impl Quantised {
             len,
             stride: self.stride,
         }
+    }
+}
+
+impl Shared {
+    /// Blocks for `rows` rows of the output `x`, which the op quantises while it is in the cache. Of no length where no product will ask
+    /// for them.
+    fn behind(&mut self, x: *const f32, rows: usize, width: usize) -> int8::Blocks {
+        let whole = width.is_multiple_of(INT8_BLOCK) && width <= self.quantised_inputs;
+        self.blocks_of(x, rows, if whole { width / INT8_BLOCK } else { 0 })
+    }
+
+    fn blocks_of(&mut self, x: *const f32, rows: usize, stride: usize) -> int8::Blocks {
+        let made = Quantised { x, rows, stride };
+        self.quantised.set((stride > 0).then_some(made));
+        made.blocks(&mut self.blocks)
     }
 }
 
@@ -350,6 +367,7 @@ impl Backend for Cpu {
             scratch.experts.reserve(rooms.expert_outputs);
         }
         self.shared.reserve(&rooms);
+        self.shared.quantised_inputs = work.quantised_inputs;
         Ok(())
     }
 
@@ -387,6 +405,7 @@ impl Backend for Cpu {
         if d == 0 {
             return Ok(());
         }
+        let blocks = self.shared.behind(args.y.values.as_ptr(), args.n, d);
         let y = Parts::new(&mut args.y.values);
         split_rows(&self.pool, args.n, args.n * d, &|rows| {
             let kernel = norm::RmsNormRows {
@@ -395,6 +414,8 @@ impl Backend for Cpu {
                 eps: args.eps,
                 // SAFETY: a row is one chunk's.
                 y: unsafe { y.slice(rows.start * d, rows.len() * d) },
+                first: rows.start,
+                blocks,
             };
             self.level.run(kernel);
         });
@@ -458,6 +479,11 @@ impl Backend for Cpu {
     fn attention(&mut self, args: Attention<'_, Self>) -> Result<(), BackendError> {
         self.shared.quantised.take();
         args.bind(args.step, args.cache.shape())?;
+        let (n, width) = (args.step.rows(), args.heads.query * args.heads.size);
+        let blocks = match args.heads.size.is_multiple_of(INT8_BLOCK) {
+            true => self.shared.behind(args.y.values.as_ptr(), n, width),
+            false => int8::Blocks::NONE,
+        };
         let Shared { units, parts, .. } = &mut self.shared;
         attention::units(args.step, args.heads, units);
         for scratch in &mut self.scratch {
@@ -472,6 +498,7 @@ impl Backend for Cpu {
             qkv: &args.qkv.values,
             cache: args.cache,
             y: &y,
+            blocks,
         };
         let (level, scratch) = (self.level, &self.scratch);
         let run = |thread, job| {
@@ -522,16 +549,14 @@ impl Backend for Cpu {
             .as_ref()
             .is_some_and(|(e, _)| e.integer_inputs() > 0);
         // u follows h if it is whole blocks; else the next product, whose extension is then of floats, needs none of it.
-        let made = Quantised {
-            x: args.hu.values.as_ptr(),
-            rows: n,
-            stride: match integers {
-                true => m / INT8_BLOCK + (hu_width - m) / INT8_BLOCK,
-                false => 0,
-            },
+        let hu = args.hu.values.as_ptr();
+        let blocks = match integers {
+            true => {
+                let stride = m / INT8_BLOCK + (hu_width - m) / INT8_BLOCK;
+                self.shared.blocks_of(hu, n, stride)
+            }
+            false => self.shared.behind(hu, n, m),
         };
-        let blocks = made.blocks(&mut self.shared.blocks);
-        self.shared.quantised.set(integers.then_some(made));
         let hu = Parts::new(&mut args.hu.values);
         let gates = Parts::new(&mut args.gates.values);
         let z = args.z.map(|z| Parts::new(&mut z.values));

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::int8;
 use super::kv::Cache;
 use super::pool::Parts;
 use super::simd::{Kernel, LANES, Simd, load_some, store_some, sum};
@@ -21,13 +22,18 @@ pub struct RmsNormRows<'a> {
     pub eps: f32,
     /// (rows, d).
     pub y: &'a mut [f32],
+    /// The first row's number among those of `blocks`.
+    pub first: usize,
+    /// Receives y as block formats meet it, if it has room.
+    pub blocks: int8::Blocks,
 }
 
 impl Kernel for RmsNormRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let d = self.weight.len();
-        for (x, y) in self.x.chunks_exact(d).zip(self.y.chunks_exact_mut(d)) {
+        let rows = self.x.chunks_exact(d).zip(self.y.chunks_exact_mut(d));
+        for (row, (x, y)) in (self.first..).zip(rows) {
             let scale = 1.0 / (sum_of_squares(simd, x) / d as f32 + self.eps).sqrt();
             let scale = simd.splat(scale);
             for at in (0..d).step_by(LANES) {
@@ -40,6 +46,7 @@ impl Kernel for RmsNormRows<'_> {
                     store_some(simd, y.as_mut_ptr().add(at), lanes, normed);
                 }
             }
+            self.blocks.write(simd, row, 0, y);
         }
     }
 }
