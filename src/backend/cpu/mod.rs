@@ -26,7 +26,7 @@ mod rooms;
 mod scalar;
 mod simd;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::ops::{
@@ -40,7 +40,7 @@ use super::{
 use gemm::{FEW_ROWS, Multiply, Product};
 use memory::{Arena, Memory, occupied};
 use pool::{Parts, Pool};
-use rooms::Rooms;
+use rooms::{Quantised, Rooms, Shared};
 use simd::Level;
 
 pub use kv::KvMemory;
@@ -71,59 +71,6 @@ struct Scratch {
     gemm: Box<gemm::Scratch>,
     attention: attention::Scratch,
     experts: experts::Scratch,
-}
-
-/// Room for what chunks leave for a later pass: made by `reserve`, or grows in the first steps.
-#[derive(Default)]
-struct Shared {
-    units: Vec<attention::Unit>,
-    parts: Vec<f32>,
-    blocks: Vec<int8::Block>,
-    /// What `blocks` hold for the product that follows.
-    quantised: Cell<Option<Quantised>>,
-    /// Most inputs that products meet in blocks, as `reserve` was told.
-    quantised_inputs: usize,
-}
-
-/// Rows in [`Shared::blocks`].
-#[derive(Clone, Copy)]
-struct Quantised {
-    /// Of which buffer.
-    x: *const f32,
-    rows: usize,
-    /// Blocks in a row.
-    stride: usize,
-}
-
-// SAFETY: the pointer is compared, never followed.
-unsafe impl Send for Quantised {}
-
-impl Quantised {
-    /// Their blocks, in `room`, which is made long enough.
-    fn blocks(&self, room: &mut Vec<int8::Block>) -> int8::Blocks {
-        let len = int8::Blocks::room(self.rows, self.stride);
-        grow(room, len, int8::Block::ZERO);
-        int8::Blocks {
-            start: room.as_mut_ptr(),
-            len,
-            stride: self.stride,
-        }
-    }
-}
-
-impl Shared {
-    /// Blocks for `rows` rows of the output `x`, which the op quantises while it is in the cache. Of no length where no product will ask
-    /// for them.
-    fn behind(&mut self, x: *const f32, rows: usize, width: usize) -> int8::Blocks {
-        let whole = width.is_multiple_of(INT8_BLOCK) && width <= self.quantised_inputs;
-        self.blocks_of(x, rows, if whole { width / INT8_BLOCK } else { 0 })
-    }
-
-    fn blocks_of(&mut self, x: *const f32, rows: usize, stride: usize) -> int8::Blocks {
-        let made = Quantised { x, rows, stride };
-        self.quantised.set((stride > 0).then_some(made));
-        made.blocks(&mut self.blocks)
-    }
 }
 
 /// Multiply-adds, or numbers touched, that are not worth waking another thread.
@@ -366,8 +313,7 @@ impl Backend for Cpu {
             scratch.attention.reserve(work.heads);
             scratch.experts.reserve(rooms.expert_outputs);
         }
-        self.shared.reserve(&rooms);
-        self.shared.quantised_inputs = work.quantised_inputs;
+        self.shared.reserve(&rooms, work.quantised_inputs);
         Ok(())
     }
 

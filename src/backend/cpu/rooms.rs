@@ -1,7 +1,11 @@
 //! What ops need beside their operands: how much, for all steps of a model, and making it before the first.
 
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+
 use super::super::Workload;
-use super::{Scratch, Shared, attention, experts, gemm, grow, int8};
+use super::{Scratch, attention, experts, gemm, grow, int8};
 use crate::backend::ops::INT8_BLOCK;
 
 /// How long each room is.
@@ -56,11 +60,63 @@ impl Rooms {
     }
 }
 
+/// Room for what chunks leave for a later pass: made by `reserve`, or grows in the first steps.
+#[derive(Default)]
+pub(super) struct Shared {
+    pub(super) units: Vec<attention::Unit>,
+    pub(super) parts: Vec<f32>,
+    pub(super) blocks: Vec<int8::Block>,
+    /// What `blocks` hold for the product that follows.
+    pub(super) quantised: Cell<Option<Quantised>>,
+    /// Most inputs that products meet in blocks, as `reserve` was told.
+    quantised_inputs: usize,
+}
+
+/// Rows in [`Shared::blocks`].
+#[derive(Clone, Copy)]
+pub(super) struct Quantised {
+    /// Of which buffer.
+    pub(super) x: *const f32,
+    pub(super) rows: usize,
+    /// Blocks in a row.
+    pub(super) stride: usize,
+}
+
+// SAFETY: the pointer is compared, never followed.
+unsafe impl Send for Quantised {}
+
+impl Quantised {
+    /// Their blocks, in `room`, which is made long enough.
+    pub(super) fn blocks(&self, room: &mut Vec<int8::Block>) -> int8::Blocks {
+        let len = int8::Blocks::room(self.rows, self.stride);
+        grow(room, len, int8::Block::ZERO);
+        int8::Blocks {
+            start: room.as_mut_ptr(),
+            len,
+            stride: self.stride,
+        }
+    }
+}
+
 impl Shared {
-    pub(super) fn reserve(&mut self, rooms: &Rooms) {
+    pub(super) fn reserve(&mut self, rooms: &Rooms, quantised_inputs: usize) {
+        self.quantised_inputs = quantised_inputs;
         let missing = rooms.units.saturating_sub(self.units.len());
         self.units.reserve_exact(missing);
         grow(&mut self.parts, rooms.parts, 0.0);
         grow(&mut self.blocks, rooms.blocks, int8::Block::ZERO);
+    }
+
+    /// Blocks for `rows` rows of the output `x`, which the op quantises while it is in the cache. Of no length where no product will ask
+    /// for them.
+    pub(super) fn behind(&mut self, x: *const f32, rows: usize, width: usize) -> int8::Blocks {
+        let whole = width.is_multiple_of(INT8_BLOCK) && width <= self.quantised_inputs;
+        self.blocks_of(x, rows, if whole { width / INT8_BLOCK } else { 0 })
+    }
+
+    pub(super) fn blocks_of(&mut self, x: *const f32, rows: usize, stride: usize) -> int8::Blocks {
+        let made = Quantised { x, rows, stride };
+        self.quantised.set((stride > 0).then_some(made));
+        made.blocks(&mut self.blocks)
     }
 }
