@@ -328,10 +328,15 @@ impl Plan<'_> {
     fn narrower(&self, context: usize) -> Option<Remedy> {
         let (dtype, block_bytes) = match (self.runtime.kv_dtype, self.memory) {
             (KvDType::F32, _) => (KvDType::Bf16, self.block_bytes() / 2),
-            // With the scales of heads of 16 numbers or more.
-            (KvDType::Bf16, DeviceMemory::Gpu { .. }) => (KvDType::Fp8, self.block_bytes() / 8 * 5),
-            (KvDType::Bf16, DeviceMemory::Host(_)) => (KvDType::Int8, self.block_bytes() / 8 * 5),
-            _ => return None,
+            (KvDType::Bf16, memory) => {
+                let eight_bits = match memory {
+                    DeviceMemory::Gpu { .. } => KvDType::Fp8,
+                    DeviceMemory::Host(_) => KvDType::Int8,
+                };
+                // With the scales of heads of 16 numbers or more.
+                (eight_bits, self.block_bytes() / 8 * 5)
+            }
+            (KvDType::Fp8 | KvDType::Int8, _) => return None,
         };
         let fits = self.least(context, block_bytes).fits();
         fits.then_some(Remedy::KvDType(dtype))

@@ -122,14 +122,14 @@ impl Cpu {
         let made = self.shared.quantised.take();
         let blocks = &mut self.shared.blocks;
         if let Some(made) = made
-            && made.x == x.as_ptr()
+            && made.x == x.as_ptr().addr()
             && made.rows >= n
             && made.stride >= stride
         {
             return made.blocks(blocks);
         }
         let made = Quantised {
-            x: x.as_ptr(),
+            x: x.as_ptr().addr(),
             rows: n,
             stride,
         };
@@ -144,6 +144,25 @@ impl Cpu {
             });
         });
         out
+    }
+
+    /// Where silu_mul_expert_mix leaves hu (n, m + w) in blocks.
+    fn blocks_behind_mix(
+        &mut self,
+        args: &SiluMulExpertMix<'_, Self>,
+        n: usize,
+        m: usize,
+    ) -> int8::Blocks {
+        let hu = &args.hu.values;
+        match args.experts {
+            // E meets h in them too. u follows h if it is whole blocks; else the next product, whose extension is then of floats, needs
+            // none of it.
+            Some((e, _)) if e.integer_inputs() > 0 => {
+                let stride = m / INT8_BLOCK + (args.hu.width - m) / INT8_BLOCK;
+                self.shared.blocks_of(hu, n, stride)
+            }
+            _ => self.shared.behind(hu, n, m),
+        }
     }
 
     /// Threads in use.
@@ -351,7 +370,7 @@ impl Backend for Cpu {
         if d == 0 {
             return Ok(());
         }
-        let blocks = self.shared.behind(args.y.values.as_ptr(), args.n, d);
+        let blocks = self.shared.behind(&args.y.values, args.n, d);
         let y = Parts::new(&mut args.y.values);
         split_rows(&self.pool, args.n, args.n * d, &|rows| {
             let kernel = norm::RmsNormRows {
@@ -427,7 +446,7 @@ impl Backend for Cpu {
         args.bind(args.step, args.cache.shape())?;
         let (n, width) = (args.step.rows(), args.heads.query * args.heads.size);
         let blocks = match args.heads.size.is_multiple_of(INT8_BLOCK) {
-            true => self.shared.behind(args.y.values.as_ptr(), n, width),
+            true => self.shared.behind(&args.y.values, n, width),
             false => int8::Blocks::NONE,
         };
         let Shared { units, parts, .. } = &mut self.shared;
@@ -490,19 +509,7 @@ impl Backend for Cpu {
             scratch.experts.reserve(outputs);
         }
         let (hu_width, gates_width) = (args.hu.width, args.gates.width);
-        let integers = args
-            .experts
-            .as_ref()
-            .is_some_and(|(e, _)| e.integer_inputs() > 0);
-        // u follows h if it is whole blocks; else the next product, whose extension is then of floats, needs none of it.
-        let hu = args.hu.values.as_ptr();
-        let blocks = match integers {
-            true => {
-                let stride = m / INT8_BLOCK + (hu_width - m) / INT8_BLOCK;
-                self.shared.blocks_of(hu, n, stride)
-            }
-            false => self.shared.behind(hu, n, m),
-        };
+        let blocks = self.blocks_behind_mix(&args, n, m);
         let hu = Parts::new(&mut args.hu.values);
         let gates = Parts::new(&mut args.gates.values);
         let z = args.z.map(|z| Parts::new(&mut z.values));

@@ -1,7 +1,5 @@
 //! What ops need beside their operands: how much, for all steps of a model, and making it before the first.
 
-#![allow(unsafe_code)]
-
 use std::cell::Cell;
 
 use super::super::Workload;
@@ -75,15 +73,12 @@ pub(super) struct Shared {
 /// Rows in [`Shared::blocks`].
 #[derive(Clone, Copy)]
 pub(super) struct Quantised {
-    /// Of which buffer.
-    pub(super) x: *const f32,
+    /// Address of the buffer they are of: compared, never followed.
+    pub(super) x: usize,
     pub(super) rows: usize,
     /// Blocks in a row.
     pub(super) stride: usize,
 }
-
-// SAFETY: the pointer is compared, never followed.
-unsafe impl Send for Quantised {}
 
 impl Quantised {
     /// Their blocks, in `room`, which is made long enough.
@@ -109,12 +104,14 @@ impl Shared {
 
     /// Blocks for `rows` rows of the output `x`, which the op quantises while it is in the cache. Of no length where no product will ask
     /// for them.
-    pub(super) fn behind(&mut self, x: *const f32, rows: usize, width: usize) -> int8::Blocks {
+    pub(super) fn behind(&mut self, x: &[f32], rows: usize, width: usize) -> int8::Blocks {
         let whole = width.is_multiple_of(INT8_BLOCK) && width <= self.quantised_inputs;
         self.blocks_of(x, rows, if whole { width / INT8_BLOCK } else { 0 })
     }
 
-    pub(super) fn blocks_of(&mut self, x: *const f32, rows: usize, stride: usize) -> int8::Blocks {
+    /// The same, of `stride` blocks a row.
+    pub(super) fn blocks_of(&mut self, x: &[f32], rows: usize, stride: usize) -> int8::Blocks {
+        let x = x.as_ptr().addr();
         let made = Quantised { x, rows, stride };
         self.quantised.set((stride > 0).then_some(made));
         made.blocks(&mut self.blocks)
