@@ -1,11 +1,6 @@
 //! The command line: one file a subcommand. It builds the objects and joins them; what they do is theirs.
 
 mod bench;
-mod bench_engine;
-mod bench_machine;
-mod bench_model;
-mod bench_server;
-mod bench_steps;
 mod chat;
 mod convert;
 mod demo;

@@ -1,214 +1,27 @@
 //! `midpo bench --engine`: the bare engine on a device of this machine, each figure beside the roofline measured in the same run.
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clap::Args;
 use indicatif::ProgressBar;
 
-use super::bench::bar;
-use super::bench_machine::Machine;
-use super::bench_model::{self, Shape};
-use super::bench_server::{Streams, compare};
-use super::bench_steps::{Cost, Group, Steps};
-use super::engine::weight_format;
-use super::{CliError, engine};
+use super::bar;
+use super::machine::Machine;
+use super::model::random_experts;
+use super::plan::{EngineArgs, Plan};
+use super::server::{Streams, compare};
+use super::steps::{Cost, Group, Steps};
+use super::subject::Subject;
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::CudaOptions;
-use crate::backend::{
-    self, Backend, BackendError, DeviceBytes, KvFormat, UseBackends, WeightFormat,
-};
+use crate::backend::{self, Backend, BackendError, DeviceBytes, UseBackends, WeightFormat};
 use crate::bench::{
-    BenchError, EngineReport, MachineFacts, Measurement, ModelFacts, RatioRow, Spread, Work, ratios,
+    EngineReport, MachineFacts, Measurement, ModelFacts, RatioRow, Spread, Work, ratios,
 };
-use crate::checkpoint::{
-    Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, LlamaConfig, RouterLayer,
-};
-use crate::config::{self, Device, WeightDType};
+use crate::checkpoint::Checkpoint;
+use crate::cli::{CliError, engine};
 use crate::dtype::DType;
-use crate::model::{ModelOptions, RoutedLlama};
-use crate::random::SplitMix64;
-use crate::server::ServedModel;
-use crate::types::{BLOCK_TOKENS, GateOverride, Variant};
-
-/// Rank of the experts that are made for a model without: the paper's.
-const RANK: usize = 16;
-/// Batches in which variants are mixed: the first always, the others up to the largest batch asked for.
-const MIXED_BATCHES: [usize; 2] = [5, 32];
-
-/// Flags of the bare engine's bench.
-#[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Bare engine")]
-pub struct EngineArgs {
-    /// Measure the bare engine in this process: no HTTP, no sampling. A model without experts gets random ones, since their
-    /// speed does not depend on their values.
-    #[arg(long)]
-    pub(super) engine: bool,
-    /// Where it runs, as `serve --device`.
-    #[arg(
-        long,
-        value_enum,
-        default_value_t,
-        value_name = "DEVICE",
-        requires = "engine"
-    )]
-    device: Device,
-    /// A model of these sizes with random weights, instead of --model: how fast it would be.
-    #[arg(long, value_enum, value_name = "SIZES", requires = "engine", conflicts_with_all = ["experts", "safety", "helpfulness", "router", "with_server"])]
-    shape: Option<Shape>,
-    /// Directory of both experts and the router, instead of the three flags below.
-    #[arg(long, value_name = "DIR", requires = "engine")]
-    experts: Option<PathBuf>,
-    /// PEFT directory of the safety expert.
-    #[arg(long, value_name = "DIR", requires = "engine")]
-    safety: Option<PathBuf>,
-    /// PEFT directory of the helpfulness expert.
-    #[arg(long, value_name = "DIR", requires = "engine")]
-    helpfulness: Option<PathBuf>,
-    /// The router: a file or a directory.
-    #[arg(long, value_name = "FILE|DIR", requires = "engine")]
-    router: Option<PathBuf>,
-    /// Format of weights in memory, as `serve --dtype`.
-    #[arg(
-        long,
-        value_enum,
-        default_value_t,
-        value_name = "TYPE",
-        requires = "engine"
-    )]
-    pub(super) dtype: WeightDType,
-    /// Sequences of a decode step.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "1,4,8,16,32",
-        value_name = "N,.."
-    )]
-    batch: Vec<usize>,
-    /// Prompt lengths to prefill; those beyond the model's context are left out.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "128,512,2048",
-        value_name = "TOKENS,.."
-    )]
-    prefill: Vec<usize>,
-    /// Contexts at which one sequence decodes; those beyond the model's are left out.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "512,1024,2048,4096,8192",
-        value_name = "TOKENS,.."
-    )]
-    context: Vec<usize>,
-    /// Positions before a batched decode step.
-    #[arg(long, default_value_t = 128, value_name = "TOKENS")]
-    decode_context: usize,
-    /// Steps of one decode measurement.
-    #[arg(long, default_value_t = 16, value_name = "N")]
-    steps: usize,
-    /// Repeats of each measurement, turn by turn with what it is compared to.
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    pub(super) repeats: usize,
-    /// Most rows of a step: longer prompts are computed in chunks.
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub(super) step_rows: usize,
-    /// Threads; by default as many as the machine lets this process use.
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    /// Send the same streams through model, engine and an HTTP server in this process, too: as many at once as --concurrency
-    /// says, of --prompt-tokens and --max-tokens.
-    #[arg(long, requires = "engine")]
-    with_server: bool,
-}
-
-/// What the bench will do, bounded by the model's context.
-struct Plan {
-    batches: Vec<usize>,
-    prefills: Vec<usize>,
-    contexts: Vec<usize>,
-    decode_context: usize,
-    steps: usize,
-    repeats: usize,
-    rows: usize,
-    weight_format: WeightFormat,
-}
-
-impl Plan {
-    fn new(args: &EngineArgs, context_max: usize) -> Result<Self, BenchError> {
-        for (flag, value) in [
-            ("--steps", args.steps),
-            ("--repeats", args.repeats),
-            ("--step-rows", args.step_rows),
-            ("--batch", args.batch.iter().copied().min().unwrap_or(0)),
-        ] {
-            if !(1..=1 << 16).contains(&value) {
-                return Err(BenchError::Flag {
-                    flag,
-                    expected: "1 to 65536".to_owned(),
-                    found: value.to_string(),
-                });
-            }
-        }
-        let steps = args.steps.min(context_max.saturating_sub(1)).max(1);
-        let room = context_max.saturating_sub(steps);
-        let fitting = |lengths: &[usize], most: usize| -> Vec<usize> {
-            let mut fitting: Vec<usize> = lengths
-                .iter()
-                .copied()
-                .filter(|n| (1..=most).contains(n))
-                .collect();
-            fitting.sort_unstable();
-            fitting.dedup();
-            fitting
-        };
-        Ok(Self {
-            batches: fitting(&args.batch, 1 << 16),
-            prefills: fitting(&args.prefill, context_max),
-            contexts: fitting(&args.context, room),
-            decode_context: args.decode_context.min(room),
-            steps,
-            repeats: args.repeats,
-            rows: args.step_rows,
-            weight_format: weight_format(args.dtype),
-        })
-    }
-
-    fn batch_max(&self) -> usize {
-        let largest = self.batches.iter().copied().max().unwrap_or(1);
-        largest.max(MIXED_BATCHES[0])
-    }
-
-    fn mixed_batches(&self) -> impl Iterator<Item = usize> + use<> {
-        let largest = self.batch_max();
-        MIXED_BATCHES
-            .into_iter()
-            .filter(move |batch| *batch <= largest)
-    }
-
-    /// Positions of the longest sequence.
-    fn positions(&self) -> usize {
-        let contexts = self.contexts.iter().map(|context| context + self.steps);
-        let all = contexts.chain(self.prefills.iter().copied());
-        all.chain([self.decode_context + self.steps])
-            .max()
-            .unwrap_or(1)
-    }
-
-    fn model_options(&self) -> ModelOptions {
-        let batched = self.decode_context + self.steps;
-        let blocks = self.batch_max() * batched.div_ceil(BLOCK_TOKENS);
-        ModelOptions {
-            rows: self.rows.max(self.batch_max()),
-            logit_rows: self.batch_max(),
-            sequences: self.batch_max(),
-            positions: self.positions(),
-            kv_blocks: blocks.max(self.positions().div_ceil(BLOCK_TOKENS)),
-            kv_format: KvFormat::BF16,
-            weight_format: self.weight_format,
-        }
-    }
-}
+use crate::model::RoutedLlama;
+use crate::types::{GateOverride, Variant};
 
 /// Loads the model and measures it.
 ///
@@ -219,11 +32,7 @@ pub(super) fn run(
     streams: &Streams,
     args: &EngineArgs,
 ) -> Result<EngineReport, CliError> {
-    let subject = match (args.shape, model) {
-        (Some(shape), None) => random_subject(shape, streams.seed),
-        (Some(shape), Some(model)) => return Err(two_models(shape, model).into()),
-        (None, _) => loaded_subject(model, args)?,
-    };
+    let subject = Subject::new(model, args, streams.seed)?;
     let all = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.unwrap_or_else(all);
     let cpu = CpuOptions {
@@ -243,44 +52,6 @@ pub(super) fn run(
     };
     backend::open_each(choice, cpu, cuda, measuring)
         .map_err(|error| engine::no_device(args.device, error))?
-}
-
-fn two_models(shape: Shape, model: &str) -> BenchError {
-    BenchError::Flag {
-        flag: "--shape",
-        expected: "no --model beside it".to_owned(),
-        found: format!("{} and {model}", shape.name()),
-    }
-}
-
-fn random_subject(shape: Shape, seed: u64) -> Subject {
-    let begun = Instant::now();
-    Subject {
-        name: format!("{} of random weights", shape.name()),
-        checkpoint: bench_model::checkpoint(shape.config(), seed),
-        served: None,
-        read_seconds: begun.elapsed().as_secs_f64(),
-    }
-}
-
-fn loaded_subject(model: Option<&str>, args: &EngineArgs) -> Result<Subject, CliError> {
-    let begun = Instant::now();
-    let source = config::ModelOptions {
-        model: model.map(PathBuf::from),
-        experts: args.experts.clone(),
-        safety: args.safety.clone(),
-        helpfulness: args.helpfulness.clone(),
-        router: args.router.clone(),
-    };
-    let checkpoint = engine::load(&source.validate()?)?;
-    let read_seconds = begun.elapsed().as_secs_f64();
-    let served = args.with_server.then(|| engine::served_model(&checkpoint));
-    Ok(Subject {
-        name: model_name(model),
-        served: served.transpose()?,
-        checkpoint,
-        read_seconds,
-    })
 }
 
 /// What is to be measured, before the device is known.
@@ -307,18 +78,6 @@ impl UseBackends for Measuring<'_> {
         };
         measure(self.subject, open, &machine, self.streams, self.args)
     }
-}
-
-/// A model to measure, and what it is called.
-pub(super) struct Subject {
-    /// In the report.
-    pub name: String,
-    /// Read and checked.
-    pub checkpoint: Checkpoint,
-    /// Its text side; `None`: no server is measured.
-    pub served: Option<ServedModel>,
-    /// Time that reading took.
-    pub read_seconds: f64,
 }
 
 /// Measures `subject` on backends that `backend` makes, on `machine`: one for the routed model and one for its base.
@@ -629,60 +388,18 @@ fn peak_of(dtype: DType) -> &'static str {
     }
 }
 
-/// Experts and a router of the paper's shape, random and small: what they cost, not what they say.
-fn random_experts(config: &LlamaConfig, seed: u64) -> Experts {
-    let (d, m) = (config.hidden_size, config.intermediate_size);
-    let mut random = SplitMix64::new(seed, u64::MAX);
-    let mut uniform = |count: usize, scale: f32| -> Vec<f32> {
-        (0..count)
-            .map(|_| (random.unit() as f32 * 2.0 - 1.0) * scale)
-            .collect()
-    };
-    let small = 1.0 / (m as f32).sqrt();
-    let mut expert = || Expert {
-        rank: RANK,
-        scale: 2.0,
-        layers: (0..config.num_layers)
-            .map(|_| ExpertLayer {
-                lora_a: uniform(RANK * m, small),
-                lora_b: uniform(d * RANK, 0.01),
-            })
-            .collect(),
-    };
-    let (safety, helpfulness) = (expert(), expert());
-    let mut gate = || FoldedGate {
-        weight: uniform(m, small),
-        bias: 0.0,
-    };
-    let router = (0..config.num_layers)
-        .map(|_| RouterLayer {
-            safety: gate(),
-            helpfulness: gate(),
-        })
-        .collect();
-    Experts {
-        safety,
-        helpfulness,
-        router,
-    }
-}
-
-/// The name of a model in a report: the file's, never its folder's.
-fn model_name(model: Option<&str>) -> String {
-    let file = model.and_then(|model| Path::new(model).file_name());
-    file.map_or("the embedded demo".to_owned(), |name| {
-        name.to_string_lossy().into_owned()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use clap::FromArgMatches as _;
+    use std::path::Path;
 
+    use clap::{Args as _, FromArgMatches as _};
+
+    use super::super::model::{self, Shape};
     use super::*;
     use crate::backend::reference::Reference;
-    use crate::checkpoint::{Sources, Verify, load};
+    use crate::checkpoint::{LlamaConfig, Sources, Verify, load};
+    use crate::server::ServedModel;
 
     const CONTEXT: usize = 64;
 
@@ -700,7 +417,7 @@ mod tests {
             tie_word_embeddings: true,
             ..Shape::Llama7B.config()
         };
-        bench_model::checkpoint(config, 5)
+        model::checkpoint(config, 5)
     }
 
     fn args(flags: &[&str]) -> EngineArgs {

@@ -1,5 +1,13 @@
 //! `midpo bench`: load on a running server, or, with `--engine`, the bare engine on this machine.
 
+mod engine;
+mod machine;
+mod model;
+mod plan;
+mod server;
+mod steps;
+mod subject;
+
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -9,9 +17,9 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
+use self::plan::EngineArgs;
+use self::server::Streams;
 use super::CliError;
-use super::bench_engine::{self, EngineArgs};
-use super::bench_server::Streams;
 use super::engine::weight_format;
 use crate::bench::{
     self, BenchError, Conditions, Endpoint, Job, Level, Load, LoadReport, PromptSource,
@@ -128,7 +136,7 @@ impl From<EndpointName> for Endpoint {
 /// A flag that makes no sense, a server that cannot be reached before the load starts, a file that cannot be read or written.
 pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     let (markdown, json, svg) = if args.engine.engine {
-        let report = bench_engine::run(args.model.as_deref(), &streams(args), &args.engine)?;
+        let report = engine::run(args.model.as_deref(), &streams(args), &args.engine)?;
         (report.to_markdown(), report.to_json(), None)
     } else {
         // One thread: the client should take as little as it can of a machine that it may share with the server.

@@ -10,14 +10,14 @@ use serde_json::Map;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use super::CliError;
-use super::bench_steps::{Group, Steps};
+use super::steps::{Group, Steps};
 use crate::backend::{Backend, BackendError, KvFormat, WeightFormat};
 use crate::bench::{
     self, BenchError, Endpoint, Job, Level, Load, PromptSource, RequestShape, ServerRow, Spread,
     Target, ratios,
 };
 use crate::checkpoint::Checkpoint;
+use crate::cli::CliError;
 use crate::config::{EngineConfig, Policy, RequestLimits, ServerConfig, Speculation};
 use crate::engine::{Engine, EngineHandle, Event, GateDetail, Submission, model_options};
 use crate::metrics::Metrics;

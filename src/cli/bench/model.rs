@@ -5,12 +5,14 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use crate::checkpoint::{
-    BaseTensors, Checkpoint, GenerationDefaults, HostTensor, LayerTensors, LlamaConfig,
-    RopeScaling, TensorBytes, TextParts,
+    BaseTensors, Checkpoint, Expert, ExpertLayer, Experts, FoldedGate, GenerationDefaults,
+    HostTensor, LayerTensors, LlamaConfig, RopeScaling, RouterLayer, TensorBytes, TextParts,
 };
 use crate::dtype::DType;
 use crate::random::SplitMix64;
 
+/// Rank of the experts that are made for a model without: the paper's.
+const RANK: usize = 16;
 /// Random numbers that are repeated: as long as drawing takes no time.
 const PATTERN: usize = 1 << 20;
 
@@ -145,6 +147,44 @@ fn window(bytes: &Arc<[u8]>, shape: Vec<usize>) -> HostTensor {
     let bytes = TensorBytes::Shared(Arc::clone(bytes), 0..length);
     // The piece is as large as its largest tensor, and bf16 has no blocks: it is never None.
     HostTensor::new(shape, DType::BF16, bytes).unwrap_or_else(|| unreachable!("a window fits"))
+}
+
+/// Experts and a router of the paper's shape, random and small: what they cost, not what they say.
+pub(super) fn random_experts(config: &LlamaConfig, seed: u64) -> Experts {
+    let (d, m) = (config.hidden_size, config.intermediate_size);
+    let mut random = SplitMix64::new(seed, u64::MAX);
+    let mut uniform = |count: usize, scale: f32| -> Vec<f32> {
+        (0..count)
+            .map(|_| (random.unit() as f32 * 2.0 - 1.0) * scale)
+            .collect()
+    };
+    let small = 1.0 / (m as f32).sqrt();
+    let mut expert = || Expert {
+        rank: RANK,
+        scale: 2.0,
+        layers: (0..config.num_layers)
+            .map(|_| ExpertLayer {
+                lora_a: uniform(RANK * m, small),
+                lora_b: uniform(d * RANK, 0.01),
+            })
+            .collect(),
+    };
+    let (safety, helpfulness) = (expert(), expert());
+    let mut gate = || FoldedGate {
+        weight: uniform(m, small),
+        bias: 0.0,
+    };
+    let router = (0..config.num_layers)
+        .map(|_| RouterLayer {
+            safety: gate(),
+            helpfulness: gate(),
+        })
+        .collect();
+    Experts {
+        safety,
+        helpfulness,
+        router,
+    }
 }
 
 #[cfg(test)]
