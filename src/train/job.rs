@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use super::adamw::AdamWOptions;
+use super::objective::Activations;
 use super::progress::Observer;
 use super::schedule::Warmup;
 
@@ -17,6 +18,8 @@ pub struct RunOptions {
     /// Items that are computed at once, as one padded part of the batch; gradients of the parts are added up. Smaller is less
     /// memory. It changes the order of sums, so it is no function of the number of threads.
     pub part_size: usize,
+    /// What passes back find of passes forward.
+    pub activations: Activations,
     /// Threads, each with a part of its own.
     pub threads: usize,
     /// Before the schedule.

@@ -48,6 +48,17 @@ pub struct Gradients {
     pub watched: Vec<(&'static str, f64)>,
 }
 
+/// What a pass back finds of the pass forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// All that it needs.
+    #[default]
+    Kept,
+    /// What each layer took: the layer is computed again on the way back. The same bits, about a third more arithmetic, and memory of one
+    /// layer instead of all (Chen et al., arXiv 1604.06174).
+    Checkpointed,
+}
+
 /// What is trained, and how good it is. Parts of one batch are computed on several threads at once.
 pub trait Objective: Sync {
     /// What a batch is made of.
@@ -75,7 +86,12 @@ pub trait Objective: Sync {
     ///
     /// # Errors
     /// [`TrainError`] where the engine fails.
-    fn gradients(&self, items: &[&Self::Item], batch: Totals) -> Result<Gradients, TrainError>;
+    fn gradients(
+        &self,
+        items: &[&Self::Item],
+        batch: Totals,
+        activations: Activations,
+    ) -> Result<Gradients, TrainError>;
 
     /// Forward alone: loss and what is watched, as [`Objective::gradients`] gives them (its `values` are empty).
     ///

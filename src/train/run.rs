@@ -171,9 +171,10 @@ impl<'a, O: Objective> Run<'a, O> {
         let length = |item: usize| self.lengths.get(item).copied().unwrap_or_default();
         let parts = parts(&batch, self.options.part_size, length);
         let objective: &O = self.objective;
+        let activations = self.options.activations;
         let of_parts = self.workers.map(&parts, |part| {
             let part: Vec<&O::Item> = part.iter().filter_map(|item| items.get(*item)).collect();
-            objective.gradients(&part, totals)
+            objective.gradients(&part, totals, activations)
         })?;
         let gradients = sum(of_parts);
         let norm = norm(&gradients.values);
@@ -348,7 +349,7 @@ mod tests {
 
     use super::*;
     use crate::random::SplitMix64;
-    use crate::train::{AdamWOptions, Observer, Parameter, Unwatched, Warmup};
+    use crate::train::{Activations, AdamWOptions, Observer, Parameter, Unwatched, Warmup};
 
     /// Least squares: loss = mean of (<w, x> - y)^2.
     struct Line {
@@ -400,7 +401,12 @@ mod tests {
             }
         }
 
-        fn gradients(&self, items: &[&Point], batch: Totals) -> Result<Gradients, TrainError> {
+        fn gradients(
+            &self,
+            items: &[&Point],
+            batch: Totals,
+            _activations: Activations,
+        ) -> Result<Gradients, TrainError> {
             let mut gradient = vec![0.0; Self::AXES];
             let mut loss = 0.0;
             for point in items {
@@ -422,7 +428,7 @@ mod tests {
         }
 
         fn evaluate(&self, items: &[&Point], batch: Totals) -> Result<Gradients, TrainError> {
-            let mut all = self.gradients(items, batch)?;
+            let mut all = self.gradients(items, batch, Activations::Kept)?;
             all.values.clear();
             Ok(all)
         }
@@ -443,6 +449,7 @@ mod tests {
             length: Length::Epochs(10),
             batch_size: 8,
             part_size: 3,
+            activations: Activations::Kept,
             threads: 1,
             learning_rate: 0.1,
             warmup: Warmup::Steps(2),

@@ -42,6 +42,11 @@ pub struct LoopOptions {
     /// It changes the order of sums, so the last digits of the result; the number of threads does not.
     #[arg(long, value_name = "N")]
     pub micro_batch: Option<usize>,
+    /// Keep only what each layer takes, and compute the layer again on the way back: less memory for long sequences and large
+    /// micro-batches, a third more time, the same result.
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+        default_value_t = false, default_missing_value = "true")]
+    pub activation_checkpointing: bool,
     /// Before the schedule: linear warm-up, then a cosine.
     #[arg(long, default_value_t = 1e-5, value_name = "RATE")]
     pub learning_rate: f64,

@@ -12,7 +12,7 @@ use super::shares::Shares;
 use super::weights::{matrix, name_hash};
 use crate::checkpoint;
 use crate::random::SplitMix64;
-use crate::train::{Gradients, Objective, Pair, Parameter, Totals, TrainError};
+use crate::train::{Activations, Gradients, Objective, Pair, Parameter, Totals, TrainError};
 use crate::types::TokenId;
 
 /// How an expert is trained.
@@ -188,7 +188,7 @@ impl Expert {
         for (index, sum) in [sums.delta, margin, sums.right].into_iter().enumerate() {
             shares.watch(index, sum / items);
         }
-        if shares.keep() == Keep::All {
+        if shares.keep() != Keep::Nothing {
             let slopes: Vec<f32> = sums
                 .slopes
                 .iter()
@@ -262,8 +262,13 @@ impl Objective for Expert {
         }
     }
 
-    fn gradients(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::All)
+    fn gradients(
+        &self,
+        items: &[&Pair],
+        batch: Totals,
+        activations: Activations,
+    ) -> Result<Gradients, TrainError> {
+        self.shares(items, batch, Keep::For(activations))
     }
 
     fn evaluate(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {

@@ -58,6 +58,11 @@ impl KeptLayer {
     pub(super) fn gates(&self) -> Option<&[f32]> {
         self.mixture.gates()
     }
+
+    /// What the layer took, (n, d): all that [`Layer::forward`] needs to give the rest again.
+    pub(super) fn input(self) -> Vec<f32> {
+        self.x
+    }
 }
 
 /// Gradients of a layer's weights, in the order of its blocks; `None`: frozen.

@@ -7,6 +7,7 @@ use super::layer::{Axes, BackGradients, KeptLayer, LAYER_BLOCKS, Layer, Way};
 use super::mixture::{Mixture, MixtureGradient};
 use super::ops::{Attention, Heads, RmsNorm, TokenLogProbs, add_scaled, token_log_probs};
 use crate::checkpoint::{LlamaConfig, rope_table};
+use crate::train::Activations;
 
 /// What all models of a configuration share.
 pub(super) struct Shape {
@@ -61,16 +62,24 @@ pub(super) struct Hidden {
     pub x: Vec<f32>,
     /// Alpha and beta of every token, (n, 2) a layer; none without a router.
     pub gates: Vec<Vec<f32>>,
-    kept: Vec<KeptLayer>,
+    /// One a layer; none where no pass back follows.
+    traces: Vec<Trace>,
 }
 
-/// Whether a pass back follows.
+/// Whether a pass back follows, and what it will find.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Keep {
-    /// It needs what was computed on the way there.
-    All,
+    /// One follows.
+    For(Activations),
     /// None follows.
     Nothing,
+}
+
+/// What a layer leaves for the way back.
+enum Trace {
+    All(Box<KeptLayer>),
+    /// What it took, (n, d).
+    Input(Vec<f32>),
 }
 
 /// Rows whose log-probabilities were taken.
@@ -119,20 +128,22 @@ impl<'a> Llama<'a> {
         let d = self.shape.config.hidden_size;
         let mut x = rows_of(self.embedding(), d, &batch.ids);
         let attention = self.shape.attention(&batch.lengths);
-        let (mut gates, mut kept) = (Vec::new(), Vec::new());
+        let (mut gates, mut traces) = (Vec::new(), Vec::new());
         for (index, layer) in self.layers().enumerate() {
             let mixture = mixture.layer(index);
             let (next, layer) = layer.forward(x, self.shape.axes(), &attention, mixture);
             x = next;
             gates.extend(layer.gates().map(<[f32]>::to_vec));
-            if keep == Keep::All {
-                kept.push(layer);
+            match keep {
+                Keep::For(Activations::Kept) => traces.push(Trace::All(Box::new(layer))),
+                Keep::For(Activations::Checkpointed) => traces.push(Trace::Input(layer.input())),
+                Keep::Nothing => {}
             }
         }
-        Hidden { x, gates, kept }
+        Hidden { x, gates, traces }
     }
 
-    /// From dx (n, d) of what [`Llama::forward`] gave (with [`Keep::All`]) to the gradients of the trunk, of the mixture (two blocks a layer), or of both.
+    /// From dx (n, d) of what [`Llama::forward`] gave (with [`Keep::For`]) to the gradients of the trunk, of the mixture (two blocks a layer), or of both.
     pub(super) fn backward(
         &self,
         batch: &Batch,
@@ -157,7 +168,12 @@ impl<'a> Llama<'a> {
         let mut dmixtures: Vec<_> = mixture_blocks.as_chunks_mut::<2>().0.iter_mut().collect();
         let attention = self.shape.attention(&batch.lengths);
         let layers = self.layers().enumerate().rev();
-        for ((index, layer), kept) in layers.zip(hidden.kept.into_iter().rev()) {
+        for ((index, layer), trace) in layers.zip(hidden.traces.into_iter().rev()) {
+            let (axes, mixture) = (self.shape.axes(), mixture.layer(index));
+            let kept = match trace {
+                Trace::All(kept) => *kept,
+                Trace::Input(x) => layer.forward(x, axes, &attention, mixture).1,
+            };
             let weights = dlayers.pop();
             let way = if index > 0 || weights.is_some() {
                 Way::Through
@@ -172,15 +188,7 @@ impl<'a> Llama<'a> {
                 },
                 way,
             };
-            let axes = self.shape.axes();
-            layer.backward(
-                kept,
-                axes,
-                &attention,
-                mixture.layer(index),
-                gradients,
-                &mut dx,
-            );
+            layer.backward(kept, axes, &attention, mixture, gradients, &mut dx);
         }
         if let Some(dembedding) = dembedding {
             add_rows(dembedding, d, &batch.ids, &dx);

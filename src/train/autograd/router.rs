@@ -13,7 +13,7 @@ use super::mixture::{BothExperts, Gating, Mixture};
 use super::preference::{Anchor, BETA_DPO, Loss, PairBatch, delta};
 use super::shares::Shares;
 use crate::checkpoint::{self, ExpertLayer};
-use crate::train::{Gradients, Objective, Pair, Parameter, Totals, TrainError};
+use crate::train::{Activations, Gradients, Objective, Pair, Parameter, Totals, TrainError};
 use crate::types::TokenId;
 
 /// How a router is trained.
@@ -286,7 +286,7 @@ impl Router {
         for (index, share) in of_pairs.into_iter().chain(means).enumerate() {
             shares.watch(index, share);
         }
-        if shares.keep() == Keep::All {
+        if shares.keep() != Keep::Nothing {
             let slopes: Vec<f32> = sums
                 .slopes
                 .iter()
@@ -346,7 +346,7 @@ impl Router {
             self.run(&folded, chunk, totals, &mut shares)?;
         }
         let values = match keep {
-            Keep::All => self.unfold(&shares.blocks),
+            Keep::For(_) => self.unfold(&shares.blocks),
             Keep::Nothing => Vec::new(),
         };
         let sums = shares.finish(&folded);
@@ -435,8 +435,13 @@ impl Objective for Router {
         }
     }
 
-    fn gradients(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::All)
+    fn gradients(
+        &self,
+        items: &[&Pair],
+        batch: Totals,
+        activations: Activations,
+    ) -> Result<Gradients, TrainError> {
+        self.shares(items, batch, Keep::For(activations))
     }
 
     fn evaluate(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {

@@ -13,7 +13,9 @@ use super::preference::{sigmoid, softplus};
 use super::shares::Shares;
 use super::weights::{Weights, matrix, vector};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
-use crate::train::{Gradients, Objective, Parameter, ScorePair, Sequence, Totals, TrainError};
+use crate::train::{
+    Activations, Gradients, Objective, Parameter, ScorePair, Sequence, Totals, TrainError,
+};
 
 /// What a score means, and so how it is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,7 +196,7 @@ impl ScoreModel {
         shares.loss += sums.loss / items;
         shares.watch(0, sums.right / items);
         shares.watch(1, sums.signs / items);
-        if shares.keep() == Keep::All {
+        if shares.keep() != Keep::Nothing {
             let slopes: Vec<f32> = sums
                 .slopes
                 .iter()
@@ -336,8 +338,13 @@ impl Objective for ScoreModel {
         }
     }
 
-    fn gradients(&self, items: &[&ScorePair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::All)
+    fn gradients(
+        &self,
+        items: &[&ScorePair],
+        batch: Totals,
+        activations: Activations,
+    ) -> Result<Gradients, TrainError> {
+        self.shares(items, batch, Keep::For(activations))
     }
 
     fn evaluate(&self, items: &[&ScorePair], batch: Totals) -> Result<Gradients, TrainError> {

@@ -11,7 +11,7 @@ use super::mixture::Mixture;
 use super::shares::Shares;
 use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, LlamaConfig};
-use crate::train::{Gradients, Objective, Parameter, Sequence, Totals, TrainError};
+use crate::train::{Activations, Gradients, Objective, Parameter, Sequence, Totals, TrainError};
 use crate::types::TokenId;
 
 /// What counts.
@@ -207,8 +207,13 @@ impl Objective for Sft {
         }
     }
 
-    fn gradients(&self, items: &[&Sequence], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::All)
+    fn gradients(
+        &self,
+        items: &[&Sequence],
+        batch: Totals,
+        activations: Activations,
+    ) -> Result<Gradients, TrainError> {
+        self.shares(items, batch, Keep::For(activations))
     }
 
     fn evaluate(&self, items: &[&Sequence], batch: Totals) -> Result<Gradients, TrainError> {

@@ -15,13 +15,13 @@ pub(super) struct Shares {
 }
 
 impl Shares {
-    /// Of the gradient of `blocks`, with [`Keep::All`]; `watched` names what is watched.
+    /// Of the gradient of `blocks`, with [`Keep::For`]; `watched` names what is watched.
     pub(super) fn new(blocks: &Blocks, watched: &[&'static str], keep: Keep) -> Self {
         Self {
             loss: 0.0,
             watched: watched.iter().map(|name| (*name, 0.0)).collect(),
             blocks: match keep {
-                Keep::All => blocks.zeros(),
+                Keep::For(_) => blocks.zeros(),
                 Keep::Nothing => Vec::new(),
             },
             keep,

@@ -9,8 +9,8 @@ use super::stamp::{self, Stamp};
 use crate::config::train::{LoopOptions, OutputOptions, SavedDType, Stage, StageOptions};
 use crate::dtype::DType;
 use crate::train::{
-    AdamWOptions, Ended, Gradients, Job, Length, Objective, Report, RunOptions, STATE, Totals,
-    TrainError, Warmup, Watch, run,
+    Activations, AdamWOptions, Ended, Gradients, Job, Length, Objective, Report, RunOptions, STATE,
+    Totals, TrainError, Warmup, Watch, run,
 };
 
 /// Parts that a batch is cut into where nobody says how large a part is.
@@ -236,6 +236,10 @@ impl<'a, 'w> Session<'a, 'w> {
             part_size: match options.micro_batch {
                 Some(size) => at_least_one("micro_batch", size)?,
                 None => batch_size.div_ceil(PARTS),
+            },
+            activations: match options.activation_checkpointing {
+                true => Activations::Checkpointed,
+                false => Activations::Kept,
             },
             threads: self.threads,
             learning_rate: in_range("learning_rate", options.learning_rate, 1.0)?,

@@ -16,7 +16,12 @@ use crate::train::{TrainError, files};
 /// The file in an output that is a directory; behind the name of an output that is a file.
 const FILE: &str = "stage.json";
 /// Keys that do not change what a stage makes.
-const WITHOUT_EFFECT: [&str; 3] = ["output", "threads", "save_every"];
+const WITHOUT_EFFECT: [&str; 4] = [
+    "output",
+    "threads",
+    "save_every",
+    "activation_checkpointing",
+];
 /// Keys of files and directories that a stage reads: what counts is what they hold.
 const INPUTS: [&str; 10] = [
     "data",

@@ -11,8 +11,8 @@ use midpo::train::autograd::{
     SftOptions,
 };
 use midpo::train::{
-    AdamWOptions, Gradients, Job, Length, METRICS, Objective, Pair, RunOptions, Unwatched, Warmup,
-    Watch, run,
+    Activations, AdamWOptions, Gradients, Job, Length, METRICS, Objective, Pair, RunOptions,
+    Unwatched, Warmup, Watch, run,
 };
 use midpo::types::{BLOCK_TOKENS, BlockId, TokenId, Variant};
 
@@ -103,7 +103,7 @@ fn check_deltas<O: Objective<Item = Pair>>(
         );
     }
     objective
-        .gradients(&refs, totals(objective, &pairs))
+        .gradients(&refs, totals(objective, &pairs), Activations::Kept)
         .unwrap()
 }
 
@@ -198,7 +198,9 @@ fn scores_and_the_losses_that_train_them_are_the_goldens() {
             .map(|row| row as usize);
         let pairs = score_pairs(&rows.collect::<Vec<_>>(), safer);
         let refs: Vec<_> = pairs.iter().collect();
-        let got = model.gradients(&refs, totals(&model, &pairs)).unwrap();
+        let got = model
+            .gradients(&refs, totals(&model, &pairs), Activations::Kept)
+            .unwrap();
         close(name, got.loss, training["loss"].as_f64().unwrap(), LOSS);
         let want = numbers(&training["score_head_weight_grad"]);
         let want: Vec<f32> = want.into_iter().map(|x| x as f32).collect();
@@ -220,6 +222,7 @@ fn five_steps<O: Objective<Item = Pair>>(part: &str, objective: &mut O) {
         length: Length::Steps(5),
         batch_size: items.len(),
         part_size: 2,
+        activations: Activations::Kept,
         threads: 2,
         learning_rate: adamw["lr"].as_f64().unwrap(),
         warmup: Warmup::Steps(0),

@@ -4,23 +4,32 @@ use midpo::checkpoint::LlamaConfig;
 use midpo::train::autograd::{
     Expert, ExpertOptions, Router, RouterOptions, ScoreKind, ScoreModel, Sft, SftOptions,
 };
-use midpo::train::{Gradients, Objective, Pair, Sequence};
+use midpo::train::{Activations, Gradients, Objective, Pair, Sequence};
 use midpo::types::TokenId;
 
 use super::fixture::*;
 
-/// Whether a batch may be split, and shuffled, without moving loss, gradient or what is watched.
+/// Whether a batch may be split, and shuffled, without moving loss, gradient or what is watched; and its layers computed twice without
+/// moving a bit.
 fn check_shares<O: Objective>(what: &str, objective: &O, items: &[O::Item]) {
     let batch = totals(objective, items);
     let all: Vec<&O::Item> = items.iter().collect();
-    let whole = objective.gradients(&all, batch).unwrap();
+    let whole = objective.gradients(&all, batch, Activations::Kept).unwrap();
+    let twice = objective
+        .gradients(&all, batch, Activations::Checkpointed)
+        .unwrap();
+    assert_eq!(whole, twice, "{what}");
     let mut backwards = all.clone();
     backwards.reverse();
-    let reversed = objective.gradients(&backwards, batch).unwrap();
+    let reversed = objective
+        .gradients(&backwards, batch, Activations::Kept)
+        .unwrap();
     // One item a part is also a batch without any padding inside attention's groups.
-    let parts = all
-        .iter()
-        .map(|item| objective.gradients(&[item], batch).unwrap());
+    let parts = all.iter().map(|item| {
+        objective
+            .gradients(&[item], batch, Activations::Kept)
+            .unwrap()
+    });
     let split = parts
         .reduce(|mut sum, part| {
             sum.loss += part.loss;
@@ -80,7 +89,7 @@ fn small() -> LlamaConfig {
 }
 
 #[test]
-fn shares_of_a_batch_add_up_whatever_its_order() {
+fn shares_of_a_batch_add_up_whatever_its_order_and_what_is_kept() {
     let (checkpoint, base) = base();
     let experts = checkpoint.experts.clone().unwrap();
     let sft = Sft::from_checkpoint(&checkpoint, SftOptions { prompt_weight: 0.1 }).unwrap();
@@ -119,7 +128,9 @@ fn a_new_expert_is_the_reference_and_its_loss_is_log_2() {
         .map(|p| Pair { margin: 0.0, ..p })
         .collect();
     let refs: Vec<&Pair> = pairs.iter().collect();
-    let got = expert.gradients(&refs, totals(&expert, &pairs)).unwrap();
+    let got = expert
+        .gradients(&refs, totals(&expert, &pairs), Activations::Kept)
+        .unwrap();
     close("loss", got.loss, 2f64.ln(), 1e-5);
     close("delta", watched(&got, "delta"), 0.0, 1e-4);
     // B is 0, so A cannot move yet, and B must.
@@ -181,7 +192,10 @@ fn check_slopes<O: Objective>(objective: &mut O, items: &[O::Item]) {
     let batch = totals(objective, items);
     let refs: Vec<&O::Item> = items.iter().collect();
     let values = objective.values().unwrap();
-    let gradients = objective.gradients(&refs, batch).unwrap().values;
+    let gradients = objective
+        .gradients(&refs, batch, Activations::Kept)
+        .unwrap()
+        .values;
     for tensor in 0..values.len() {
         let name = objective.parameters()[tensor].name.clone();
         // Every tensor, a few places of each.
@@ -244,11 +258,11 @@ fn a_score_model_on_a_trunk_of_fewer_layers_learns_to_order_its_pairs() {
     let pairs = score_pairs(&[0, 1, 2], true);
     let refs: Vec<_> = pairs.iter().collect();
     let batch = totals(&model, &pairs);
-    let start = model.gradients(&refs, batch).unwrap();
+    let start = model.gradients(&refs, batch, Activations::Kept).unwrap();
     // All scores are 0: log 2 for the order and for each of the two signs.
     close("loss", start.loss, 3.0 * 2f64.ln(), 1e-6);
     for _ in 0..30 {
-        let gradients = model.gradients(&refs, batch).unwrap();
+        let gradients = model.gradients(&refs, batch, Activations::Kept).unwrap();
         let mut values = model.values().unwrap();
         for (value, slope) in values
             .iter_mut()
