@@ -52,13 +52,13 @@
 //! | tracing_subscriber | cli |
 //! | half | dtype backend checkpoint |
 //! | cudarc | backend |
-//! | ndarray, pulp | train |
+//! | gemm_common, gemm_f32, ndarray, pulp | train |
 //! | regex | eval |
 //! | plotters | plot |
 //! | candle_core, candle_nn, candle_transformers, proptest | tests |
 //!
 //! # Unsafe
-//! `unsafe` is allowed in `backend/cpu`, `backend/cuda`, `backend/device` and `checkpoint/mmap.rs`, and nowhere else.
+//! `unsafe` is allowed in `backend/cpu`, `backend/cuda`, `backend/device`, `checkpoint/mmap.rs`, `train/autograd/ops/matrix.rs`, and nowhere else.
 //!
 //! `tests/it/architecture.rs` reads the three lists above and holds every module to them.
 //!

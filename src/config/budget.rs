@@ -530,16 +530,15 @@ mod tests {
         assert_eq!(found.remedies, [Remedy::KvCacheTokens(most)]);
         assert!(engine(&with(KvBudget::Tokens(most)), 0, free).is_ok());
         assert!(engine(&with(KvBudget::Tokens(most + 16)), 0, free).is_err());
-        let narrower = shortfall(&with(KvBudget::Tokens(most + 16)), 0, free);
-        assert_eq!(
-            narrower.remedies,
-            [Remedy::KvDType(KvDType::Int8), found.remedies[0]]
-        );
-        let int8 = RuntimeConfig {
-            kv_dtype: KvDType::Int8,
-            ..with(KvBudget::Tokens(most + 16))
-        };
-        assert_eq!(shortfall(&int8, 0, free).remedies, found.remedies);
+        for (kv_dtype, narrower) in [(KvDType::Bf16, true), (KvDType::Int8, false)] {
+            let runtime = RuntimeConfig {
+                kv_dtype,
+                ..with(KvBudget::Tokens(most + 16))
+            };
+            let remedies = shortfall(&runtime, 0, free).remedies;
+            let int8 = remedies.contains(&Remedy::KvDType(KvDType::Int8));
+            assert_eq!(int8, narrower, "{remedies:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,9 @@
-//! Products of matrices, by `ndarray` (matrixmultiply): on the calling thread, into what is there, of any strides.
+//! Products of matrices, views of `ndarray`, by `gemm`: on the calling thread, into what is there, of any strides.
 
-use ndarray::linalg::general_mat_mul;
+// The products are asked for by address.
+#![allow(unsafe_code)]
+
+use gemm_common::Parallelism;
 use ndarray::{ArrayView2, ArrayViewMut2, ShapeBuilder};
 
 /// `count` columns from column `first` on, of rows of `width` numbers.
@@ -54,7 +57,7 @@ impl Columns {
     }
 }
 
-/// c = alpha * a b + beta * c.
+/// c (m, n) = alpha * a b + beta * c, of a (m, k) and b (k, n).
 pub(super) fn product(
     alpha: f32,
     a: &ArrayView2<'_, f32>,
@@ -62,7 +65,39 @@ pub(super) fn product(
     beta: f32,
     c: &mut ArrayViewMut2<'_, f32>,
 ) {
-    general_mat_mul(alpha, a, b, beta, c);
+    let ((m, k), n) = (a.dim(), b.dim().1);
+    assert_eq!((b.dim().0, c.dim()), (k, (m, n)), "axes of a product");
+    let (&[a_row, a_column], &[b_row, b_column], &[c_row, c_column]) =
+        (a.strides(), b.strides(), c.strides())
+    else {
+        return;
+    };
+    let multiply = gemm_f32::gemm::f32::get_gemm_fn();
+    // SAFETY: the views hold all that their axes and strides reach, of the sizes just compared; `c` is borrowed alone, and a view that can
+    // be written to reaches nothing twice.
+    unsafe {
+        multiply(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            c_column,
+            c_row,
+            beta != 0.0,
+            a.as_ptr(),
+            a_column,
+            a_row,
+            b.as_ptr(),
+            b_column,
+            b_row,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
 }
 
 /// x (n, k), w (o, k): x w^T, (n, o).
