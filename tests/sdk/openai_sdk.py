@@ -26,6 +26,8 @@ VARIANTS = ["routed", "base", "safety", "helpfulness", "both"]
 # Requests of the soak, and how many of them run at once.
 SOAK_REQUESTS = 2000
 SOAK_STREAMS = 32
+# Positions of the cache: few enough for the requests before the soak to write all of them.
+SOAK_CACHE = ["--kv-cache-tokens", "8192"]
 # What a process may grow by over the soak: allocators keep some of what is freed.
 SOAK_GROWTH_BYTES = 32 << 20
 
@@ -458,7 +460,7 @@ def main():
     midpo, *rest = sys.argv[1:]
     print(f"openai {openai.__version__}")
     counts = {"passed": 0, "failed": 0}
-    with Server(midpo) as server:
+    with Server(midpo, *SOAK_CACHE) as server:
         client = server.client()
         for check in DEMO_CHECKS:
             run(check.__name__, lambda: check(server, client, "midpo-demo"), counts)
