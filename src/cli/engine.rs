@@ -189,8 +189,13 @@ fn lay_out<B: Backend>(
     runtime: &RuntimeConfig,
 ) -> Result<(EngineConfig, Budget), CliError> {
     let ModelFormats { weights, kv } = ModelFormats::of(runtime);
+    let memory = match memory {
+        Some(DeviceBytes { total, free }) => DeviceMemory::Gpu { total, free },
+        None => DeviceMemory::Host(memory::free_bytes()),
+    };
     let workspace = |positions, blocks| {
-        let options = model_options(&runtime.sized(positions, blocks), kv, weights);
+        let sized = runtime.sized(memory, positions, blocks);
+        let options = model_options(&sized, kv, weights);
         // What cannot be counted cannot be had.
         model::workspace_bytes(backend, checkpoint, &options).unwrap_or(u64::MAX)
     };
@@ -199,10 +204,6 @@ fn lay_out<B: Backend>(
         kv_block_bytes: model::kv_block_bytes(backend, &checkpoint.config, kv)?,
         weight_bytes: model::weight_bytes(backend, checkpoint, weights)?,
         workspace_bytes: &workspace,
-    };
-    let memory = match memory {
-        Some(DeviceBytes { total, free }) => DeviceMemory::Gpu { total, free },
-        None => DeviceMemory::Host(memory::free_bytes()),
     };
     let (config, budget) = runtime.engine(&facts, memory)?;
     tracing::info!(

@@ -19,6 +19,11 @@ const HOST_UNKNOWN: u64 = 4 << 30;
 /// What a GPU's driver takes beside what it is asked for: stacks of kernels, ends of pages.
 const GPU_DRIVER: u64 = 256 << 20;
 
+/// Most tokens of a step on a CPU: what more rows leave between ops is in no cache when it is read.
+const HOST_BATCH_TOKENS: usize = 256;
+/// Most tokens of a step on a GPU.
+const GPU_BATCH_TOKENS: usize = 2048;
+
 /// Memory that weights, workspace and K/V have to share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceMemory {
@@ -42,6 +47,14 @@ impl DeviceMemory {
                 let share = (total as f64 * gpu_share) as u64;
                 Some(share.min(free.saturating_sub(GPU_DRIVER)))
             }
+        }
+    }
+
+    /// Most tokens of a step, where nobody says.
+    fn batch_tokens(self) -> usize {
+        match self {
+            Self::Host(_) => HOST_BATCH_TOKENS,
+            Self::Gpu { .. } => GPU_BATCH_TOKENS,
         }
     }
 }
@@ -197,13 +210,19 @@ impl RuntimeConfig {
         }
         let kv_blocks = plan.blocks(context_tokens_max)?;
         let budget = plan.budget(context_tokens_max, kv_blocks as u64, plan.block_bytes());
-        Ok((self.sized(context_tokens_max, kv_blocks), budget))
+        Ok((self.sized(memory, context_tokens_max, kv_blocks), budget))
     }
 
-    /// The engine's configuration for contexts and a cache of this size.
-    pub fn sized(&self, context_tokens_max: usize, kv_blocks: usize) -> EngineConfig {
+    /// The engine's configuration for contexts and a cache of this size, in such memory.
+    pub fn sized(
+        &self,
+        memory: DeviceMemory,
+        context_tokens_max: usize,
+        kv_blocks: usize,
+    ) -> EngineConfig {
+        let batch_tokens = self.batch_tokens_max;
         EngineConfig {
-            batch_tokens_max: self.batch_tokens_max,
+            batch_tokens_max: batch_tokens.unwrap_or_else(|| memory.batch_tokens()),
             step_time_max: self.step_time_max,
             sequences_max: self.sequences_max,
             queue_max: self.queue_max,
@@ -386,7 +405,7 @@ mod tests {
             gpu_memory_utilization: 0.9,
             deterministic: false,
             cuda_graphs: true,
-            batch_tokens_max: 512,
+            batch_tokens_max: None,
             step_time_max: Duration::from_millis(200),
             sequences_max: 64,
             queue_max: 256,
@@ -538,6 +557,24 @@ mod tests {
             let remedies = shortfall(&runtime, 0, free).remedies;
             let int8 = remedies.contains(&Remedy::KvDType(KvDType::Int8));
             assert_eq!(int8, narrower, "{remedies:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_has_as_many_tokens_as_the_device_likes_where_nobody_says() {
+        let host = DeviceMemory::Host(None);
+        let said = RuntimeConfig {
+            batch_tokens_max: Some(7),
+            ..runtime()
+        };
+        for (runtime, memory, tokens) in [
+            (runtime(), host, 256),
+            (runtime(), GPU, 2048),
+            (said.clone(), host, 7),
+            (said, GPU, 7),
+        ] {
+            let (engine, _) = engine(&runtime, 0, memory).unwrap();
+            assert_eq!(engine.batch_tokens_max, tokens);
         }
     }
 

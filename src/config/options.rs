@@ -171,14 +171,10 @@ pub struct EngineOptions {
     #[arg(long, env = "MIDPO_NO_CUDA_GRAPHS", value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
         require_equals = true, default_value_t = false, default_missing_value = "true")]
     pub no_cuda_graphs: bool,
-    /// Most tokens computed in one step, prefill and decode together. More is faster overall and slower to the next token.
-    #[arg(
-        long,
-        env = "MIDPO_BATCH_TOKENS_MAX",
-        default_value_t = 512,
-        value_name = "TOKENS"
-    )]
-    pub batch_tokens_max: u32,
+    /// Most tokens computed in one step, prefill and decode together. More is faster overall, slower to the next token, and takes more
+    /// memory; by default 256 on a CPU, whose caches hold what so many rows leave, 2048 on a GPU.
+    #[arg(long, env = "MIDPO_BATCH_TOKENS_MAX", value_name = "TOKENS")]
+    pub batch_tokens_max: Option<u32>,
     /// Longest step while answers are generated, and so the longest pause that new prompts cause in a stream: beside decodes, as
     /// many prompt tokens are computed as fit by the time of the steps before. Longer is faster to the first token.
     #[arg(

@@ -58,8 +58,8 @@ pub struct RuntimeConfig {
     pub deterministic: bool,
     /// On a GPU, recorded decode steps.
     pub cuda_graphs: bool,
-    /// Most tokens in a step.
-    pub batch_tokens_max: usize,
+    /// Most tokens in a step; `None`: as the device likes.
+    pub batch_tokens_max: Option<usize>,
     /// Longest step that decodes.
     pub step_time_max: Duration,
     /// Most sequences at once.
@@ -194,6 +194,9 @@ impl EngineOptions {
         };
         let threads = self.threads.map(|n| within("threads", n, 1, 1024));
         let context = self.max_model_len.map(|n| at_least("max_model_len", n, 2));
+        let batch_tokens = self
+            .batch_tokens_max
+            .map(|n| within("batch_tokens_max", n, 1, 1 << 16));
         Ok(RuntimeConfig {
             dtype: self.dtype,
             kv_dtype: self.kv_dtype,
@@ -204,8 +207,7 @@ impl EngineOptions {
             gpu_memory_utilization: share("gpu_memory_utilization", self.gpu_memory_utilization)?,
             deterministic: self.deterministic,
             cuda_graphs: !self.no_cuda_graphs,
-            batch_tokens_max: within("batch_tokens_max", self.batch_tokens_max, 1, 1 << 16)?
-                as usize,
+            batch_tokens_max: batch_tokens.transpose()?.map(|n| n as usize),
             step_time_max: time("step_time_max", self.step_time_max)?,
             sequences_max: within("sequences_max", self.sequences_max, 1, 1 << 12)? as usize,
             queue_max: within("queue_max", self.queue_max, 1, 1 << 16)? as usize,

@@ -16,6 +16,7 @@ use super::int8;
 use super::pack::{Format, PackedMatrix, Panel};
 use super::simd::{Kernel, LANES, Simd, load_some, store_some};
 use crate::backend::Matrix;
+use crate::backend::ops::INT8_BLOCK;
 
 /// Inputs in a block; a multiple of every format's unit.
 const BLOCK: usize = 256;
@@ -25,6 +26,12 @@ const SMALL_BLOCK: usize = 64;
 pub const FEW_ROWS: usize = 6;
 /// Rows whose inputs of one block stay in the second-level cache.
 const ROW_BLOCK: usize = 240;
+/// Rows at most that meet a panel of int8 products together, whatever their length.
+const INTEGER_ROWS_TOGETHER: usize = 48;
+/// Bytes of rows in int8 that stay in the first-level cache beside a panel.
+const INTEGER_ROW_BYTES: usize = 24 << 10;
+/// Rows of the largest tile of int8 products.
+const TILE_ROWS: usize = 12;
 /// Panels in one tile at most.
 const PANELS_MAX: usize = 8;
 
@@ -122,8 +129,9 @@ pub unsafe fn multiply<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Sc
 #[inline(always)]
 unsafe fn multiply_integers<S: Simd>(simd: S, product: &Product<'_>, scratch: &mut Scratch) {
     let (matrix, inputs) = (product.matrix, product.inputs.clone());
-    for first in product.rows.clone().step_by(ROW_BLOCK) {
-        let rows = first..product.rows.end.min(first + ROW_BLOCK);
+    let block = integer_row_block(product.rows.len(), inputs.len());
+    for first in product.rows.clone().step_by(block) {
+        let rows = first..product.rows.end.min(first + block);
         for panel in &matrix.panels()[product.panels.clone()] {
             let Some(quant) = matrix.integers(panel) else {
                 continue;
@@ -150,6 +158,17 @@ unsafe fn multiply_integers<S: Simd>(simd: S, product: &Product<'_>, scratch: &m
             unsafe { multiply_floats(simd, &extension, scratch) };
         }
     }
+}
+
+/// Rows of `inputs` numbers that stay in the first-level cache while panels pass by. So few rows that weights are still on their way from
+/// memory meet each panel together.
+fn integer_row_block(rows: usize, inputs: usize) -> usize {
+    if rows <= INTEGER_ROWS_TOGETHER {
+        return INTEGER_ROWS_TOGETHER;
+    }
+    let row_bytes = inputs.div_ceil(INT8_BLOCK) * size_of::<int8::Block>();
+    let fitting = INTEGER_ROW_BYTES / row_bytes.max(1);
+    (fitting / TILE_ROWS * TILE_ROWS).clamp(TILE_ROWS, ROW_BLOCK)
 }
 
 /// Adds the extension of all panels, in int8.

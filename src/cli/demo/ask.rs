@@ -55,7 +55,7 @@ impl Answerer {
             gpu_memory_utilization: 1.0,
             deterministic: false,
             cuda_graphs: false,
-            batch_tokens_max: BATCH_TOKENS_MAX,
+            batch_tokens_max: Some(BATCH_TOKENS_MAX),
             // Nobody watches these streams.
             step_time_max: Duration::MAX,
             sequences_max: SEQUENCES_MAX,
