@@ -196,7 +196,7 @@ pub struct ExpertOptions {
     /// Weight of -log p(y_w), a mean over the answer's tokens; 0 is the paper's loss.
     #[arg(long, default_value_t = 0.0, value_name = "WEIGHT")]
     pub anchor: f32,
-    /// End when the smoothed mean Delta is above this: far beyond, an expert breaks (8 for a model of 1 M parameters).
+    /// End when the smoothed mean Delta is above this: far beyond, an expert breaks (8 for a model of 1 M parameters, 14 for one of 3 M).
     #[arg(long, value_name = "DELTA")]
     pub stop_delta: Option<f64>,
 }
