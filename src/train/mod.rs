@@ -27,7 +27,7 @@ pub use adamw::AdamWOptions;
 pub use error::TrainError;
 pub use example::{Pair, ScorePair, Sequence};
 pub use job::{CURVES, Ended, Job, Length, METRICS, Report, RunOptions, STATE, Watch};
-pub use objective::{Activations, Gradients, Objective, Parameter, Totals};
+pub use objective::{Activations, Gradients, Objective, Parameter, Pass, Totals};
 pub use progress::{Observer, Record, Unwatched};
 pub use run::run;
 pub use schedule::{Cosine, Warmup};

@@ -59,6 +59,15 @@ pub enum Activations {
     Checkpointed,
 }
 
+/// How far a pass over a batch goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// To the loss.
+    Forward,
+    /// And back to the gradient.
+    Back(Activations),
+}
+
 /// What is trained, and how good it is. Parts of one batch are computed on several threads at once.
 pub trait Objective: Sync {
     /// What a batch is made of.
@@ -82,7 +91,19 @@ pub trait Objective: Sync {
     /// What `item` adds to its batch's totals.
     fn totals(&self, item: &Self::Item) -> Totals;
 
-    /// Forward and backward over some items of a batch whose totals are `batch`.
+    /// Some items of a batch whose totals are `batch`: loss and what is watched, and with [`Pass::Back`] the gradient (else `values` are
+    /// empty).
+    ///
+    /// # Errors
+    /// [`TrainError`] where the engine fails.
+    fn shares(
+        &self,
+        items: &[&Self::Item],
+        batch: Totals,
+        pass: Pass,
+    ) -> Result<Gradients, TrainError>;
+
+    /// Forward and backward.
     ///
     /// # Errors
     /// [`TrainError`] where the engine fails.
@@ -91,11 +112,15 @@ pub trait Objective: Sync {
         items: &[&Self::Item],
         batch: Totals,
         activations: Activations,
-    ) -> Result<Gradients, TrainError>;
+    ) -> Result<Gradients, TrainError> {
+        self.shares(items, batch, Pass::Back(activations))
+    }
 
-    /// Forward alone: loss and what is watched, as [`Objective::gradients`] gives them (its `values` are empty).
+    /// Forward alone.
     ///
     /// # Errors
     /// [`TrainError`] where the engine fails.
-    fn evaluate(&self, items: &[&Self::Item], batch: Totals) -> Result<Gradients, TrainError>;
+    fn evaluate(&self, items: &[&Self::Item], batch: Totals) -> Result<Gradients, TrainError> {
+        self.shares(items, batch, Pass::Forward)
+    }
 }

@@ -349,7 +349,7 @@ mod tests {
 
     use super::*;
     use crate::random::SplitMix64;
-    use crate::train::{Activations, AdamWOptions, Observer, Parameter, Unwatched, Warmup};
+    use crate::train::{Activations, AdamWOptions, Observer, Parameter, Pass, Unwatched, Warmup};
 
     /// Least squares: loss = mean of (<w, x> - y)^2.
     struct Line {
@@ -401,11 +401,11 @@ mod tests {
             }
         }
 
-        fn gradients(
+        fn shares(
             &self,
             items: &[&Point],
             batch: Totals,
-            _activations: Activations,
+            pass: Pass,
         ) -> Result<Gradients, TrainError> {
             let mut gradient = vec![0.0; Self::AXES];
             let mut loss = 0.0;
@@ -418,19 +418,16 @@ mod tests {
                 }
             }
             Ok(Gradients {
-                values: vec![gradient],
+                values: match pass {
+                    Pass::Back(_) => vec![gradient],
+                    Pass::Forward => Vec::new(),
+                },
                 loss,
                 watched: vec![(
                     DELTA,
                     f64::from(self.weights[0][0]) * items.len() as f64 / batch.items as f64,
                 )],
             })
-        }
-
-        fn evaluate(&self, items: &[&Point], batch: Totals) -> Result<Gradients, TrainError> {
-            let mut all = self.gradients(items, batch, Activations::Kept)?;
-            all.values.clear();
-            Ok(all)
         }
     }
 

@@ -26,7 +26,7 @@ const SMALL_BLOCK: usize = 64;
 pub const FEW_ROWS: usize = 6;
 /// Rows whose inputs of one block stay in the second-level cache.
 const ROW_BLOCK: usize = 240;
-/// Rows at most that meet a panel of int8 products together, whatever their length.
+/// Rows at most that meet a panel of int8 products together, whatever their length: a batch of decodes, which waits for weights, not rows.
 const INTEGER_ROWS_TOGETHER: usize = 48;
 /// Bytes of rows in int8 that stay in the first-level cache beside a panel.
 const INTEGER_ROW_BYTES: usize = 24 << 10;

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::batch::{Batch, Last};
 use super::blocks::Blocks;
-use super::llama::{Keep, Llama, Shape, rows_of};
+use super::llama::{Llama, Shape, rows_of};
 use super::mixture::Mixture;
 use super::ops::linear;
 use super::preference::{Anchor, PairBatch};
 use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, LlamaConfig};
-use crate::train::{Pair, Sequence, TrainError};
+use crate::train::{Pair, Pass, Sequence, TrainError};
 use crate::types::TokenId;
 
 /// A base of which nothing is trained.
@@ -96,7 +96,7 @@ impl Base {
     /// log p of each of the batch's targets.
     pub(super) fn log_probs(&self, batch: &Batch, mixture: &Mixture<'_>) -> Vec<f32> {
         let llama = self.llama();
-        let hidden = llama.forward(batch, mixture, Keep::Nothing);
+        let hidden = llama.forward(batch, mixture, Pass::Forward);
         llama.predict(batch, &hidden, self.head()).tokens.log_probs
     }
 }
@@ -120,7 +120,7 @@ pub(super) fn positions(
     };
     let mut batch = Batch::default();
     batch.push(&sequence, ids.len(), Last::Keep, &llama.shape.config)?;
-    let hidden = llama.forward(&batch, mixture, Keep::Nothing);
+    let hidden = llama.forward(&batch, mixture, Pass::Forward);
     let d = llama.shape.config.hidden_size;
     let rows: Vec<usize> = (0..ids.len()).collect();
     let x = llama.norm().forward(&rows_of(&hidden.x, d, &rows));

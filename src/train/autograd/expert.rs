@@ -5,14 +5,14 @@ use std::sync::Arc;
 use super::base::{Base, Positions};
 use super::batch::{Last, chunks};
 use super::blocks::{Block, Blocks, check_one};
-use super::llama::{Keep, PassGradients};
+use super::llama::PassGradients;
 use super::mixture::Mixture;
 use super::preference::{Anchor, BETA_DPO, Loss, PairBatch};
 use super::shares::Shares;
 use super::weights::{matrix, name_hash};
 use crate::checkpoint;
 use crate::random::SplitMix64;
-use crate::train::{Activations, Gradients, Objective, Pair, Parameter, Totals, TrainError};
+use crate::train::{Gradients, Objective, Pair, Parameter, Pass, Totals, TrainError};
 use crate::types::TokenId;
 
 /// How an expert is trained.
@@ -174,7 +174,7 @@ impl Expert {
         let PairBatch { batch, spans } =
             PairBatch::new(pairs, anchor, Last::Drop, self.base.config())?;
         let (llama, head, mixture) = (self.base.llama(), self.base.head(), self.mixture());
-        let hidden = llama.forward(&batch, &mixture, shares.keep());
+        let hidden = llama.forward(&batch, &mixture, shares.pass());
         let predicted = llama.predict(&batch, &hidden, head);
         let loss = Loss {
             beta_dpo: f64::from(self.options.beta_dpo),
@@ -188,7 +188,7 @@ impl Expert {
         for (index, sum) in [sums.delta, margin, sums.right].into_iter().enumerate() {
             shares.watch(index, sum / items);
         }
-        if shares.keep() != Keep::Nothing {
+        if shares.pass() != Pass::Forward {
             let slopes: Vec<f32> = sums
                 .slopes
                 .iter()
@@ -203,14 +203,6 @@ impl Expert {
             llama.backward(&batch, hidden, &mixture, dx, gradients);
         }
         Ok(())
-    }
-
-    fn shares(&self, items: &[&Pair], totals: Totals, keep: Keep) -> Result<Gradients, TrainError> {
-        let mut shares = Shares::new(&self.blocks, &WATCHED, keep);
-        for chunk in chunks(items, tokens) {
-            self.run(chunk, totals, &mut shares)?;
-        }
-        Ok(shares.finish(&self.blocks))
     }
 }
 
@@ -262,16 +254,11 @@ impl Objective for Expert {
         }
     }
 
-    fn gradients(
-        &self,
-        items: &[&Pair],
-        batch: Totals,
-        activations: Activations,
-    ) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::For(activations))
-    }
-
-    fn evaluate(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::Nothing)
+    fn shares(&self, items: &[&Pair], totals: Totals, pass: Pass) -> Result<Gradients, TrainError> {
+        let mut shares = Shares::new(&self.blocks, &WATCHED, pass);
+        for chunk in chunks(items, tokens) {
+            self.run(chunk, totals, &mut shares)?;
+        }
+        Ok(shares.finish(&self.blocks))
     }
 }

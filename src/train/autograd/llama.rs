@@ -7,7 +7,7 @@ use super::layer::{Axes, BackGradients, KeptLayer, LAYER_BLOCKS, Layer, Way};
 use super::mixture::{Mixture, MixtureGradient};
 use super::ops::{Attention, Heads, RmsNorm, TokenLogProbs, add_scaled, token_log_probs};
 use crate::checkpoint::{LlamaConfig, rope_table};
-use crate::train::Activations;
+use crate::train::{Activations, Pass};
 
 /// What all models of a configuration share.
 pub(super) struct Shape {
@@ -66,15 +66,6 @@ pub(super) struct Hidden {
     traces: Vec<Trace>,
 }
 
-/// Whether a pass back follows, and what it will find.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Keep {
-    /// One follows.
-    For(Activations),
-    /// None follows.
-    Nothing,
-}
-
 /// What a layer leaves for the way back.
 enum Trace {
     All(Box<KeptLayer>),
@@ -124,7 +115,7 @@ impl<'a> Llama<'a> {
     }
 
     /// Sequences of `lengths` tokens, their `ids` end to end, checked by [`Batch::push`].
-    pub(super) fn forward(&self, batch: &Batch, mixture: &Mixture<'_>, keep: Keep) -> Hidden {
+    pub(super) fn forward(&self, batch: &Batch, mixture: &Mixture<'_>, pass: Pass) -> Hidden {
         let d = self.shape.config.hidden_size;
         let mut x = rows_of(self.embedding(), d, &batch.ids);
         let attention = self.shape.attention(&batch.lengths);
@@ -134,16 +125,16 @@ impl<'a> Llama<'a> {
             let (next, layer) = layer.forward(x, self.shape.axes(), &attention, mixture);
             x = next;
             gates.extend(layer.gates().map(<[f32]>::to_vec));
-            match keep {
-                Keep::For(Activations::Kept) => traces.push(Trace::All(Box::new(layer))),
-                Keep::For(Activations::Checkpointed) => traces.push(Trace::Input(layer.input())),
-                Keep::Nothing => {}
+            match pass {
+                Pass::Back(Activations::Kept) => traces.push(Trace::All(Box::new(layer))),
+                Pass::Back(Activations::Checkpointed) => traces.push(Trace::Input(layer.input())),
+                Pass::Forward => {}
             }
         }
         Hidden { x, gates, traces }
     }
 
-    /// From dx (n, d) of what [`Llama::forward`] gave (with [`Keep::For`]) to the gradients of the trunk, of the mixture (two blocks a layer), or of both.
+    /// From dx (n, d) of what [`Llama::forward`] gave (with [`Pass::Back`]) to the gradients of the trunk, of the mixture (two blocks a layer), or of both.
     pub(super) fn backward(
         &self,
         batch: &Batch,

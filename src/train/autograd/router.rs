@@ -8,12 +8,12 @@ use super::batch::{Last, chunks};
 use super::blocks::{Block, Blocks, check};
 use super::expert::{references, tokens};
 use super::fold::{self, GATE_TENSORS, Gate};
-use super::llama::{Keep, PassGradients};
+use super::llama::PassGradients;
 use super::mixture::{BothExperts, Gating, Mixture};
 use super::preference::{Anchor, BETA_DPO, Loss, PairBatch, delta};
 use super::shares::Shares;
 use crate::checkpoint::{self, ExpertLayer};
-use crate::train::{Activations, Gradients, Objective, Pair, Parameter, Totals, TrainError};
+use crate::train::{Gradients, Objective, Pair, Parameter, Pass, Totals, TrainError};
 use crate::types::TokenId;
 
 /// How a router is trained.
@@ -267,7 +267,7 @@ impl Router {
             PairBatch::new(pairs, Anchor::None, Last::Keep, self.base.config())?;
         let (llama, head) = (self.base.llama(), self.base.head());
         let mixture = self.mixture(Gating::Learned(folded.blocks()));
-        let hidden = llama.forward(&batch, &mixture, shares.keep());
+        let hidden = llama.forward(&batch, &mixture, shares.pass());
         let predicted = llama.predict(&batch, &hidden, head);
         // The router's loss has no margin.
         let margins = pairs.iter().map(|_| 0.0);
@@ -286,7 +286,7 @@ impl Router {
         for (index, share) in of_pairs.into_iter().chain(means).enumerate() {
             shares.watch(index, share);
         }
-        if shares.keep() != Keep::Nothing {
+        if shares.pass() != Pass::Forward {
             let slopes: Vec<f32> = sums
                 .slopes
                 .iter()
@@ -337,20 +337,6 @@ impl Router {
         let [alpha, beta] = all.map(|sum| sum / layers / tokens);
         let [alpha_last, beta_last] = ends.map(|sum| sum / layers / sequences);
         [alpha, beta, alpha_last, beta_last]
-    }
-
-    fn shares(&self, items: &[&Pair], totals: Totals, keep: Keep) -> Result<Gradients, TrainError> {
-        let folded = self.fold();
-        let mut shares = Shares::new(&folded, &WATCHED, keep);
-        for chunk in chunks(items, tokens) {
-            self.run(&folded, chunk, totals, &mut shares)?;
-        }
-        let values = match keep {
-            Keep::For(_) => self.unfold(&shares.blocks),
-            Keep::Nothing => Vec::new(),
-        };
-        let sums = shares.finish(&folded);
-        Ok(Gradients { values, ..sums })
     }
 }
 
@@ -435,16 +421,17 @@ impl Objective for Router {
         }
     }
 
-    fn gradients(
-        &self,
-        items: &[&Pair],
-        batch: Totals,
-        activations: Activations,
-    ) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::For(activations))
-    }
-
-    fn evaluate(&self, items: &[&Pair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::Nothing)
+    fn shares(&self, items: &[&Pair], totals: Totals, pass: Pass) -> Result<Gradients, TrainError> {
+        let folded = self.fold();
+        let mut shares = Shares::new(&folded, &WATCHED, pass);
+        for chunk in chunks(items, tokens) {
+            self.run(&folded, chunk, totals, &mut shares)?;
+        }
+        let values = match pass {
+            Pass::Back(_) => self.unfold(&shares.blocks),
+            Pass::Forward => Vec::new(),
+        };
+        let sums = shares.finish(&folded);
+        Ok(Gradients { values, ..sums })
     }
 }

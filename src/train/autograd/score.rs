@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::NamedTensor;
 use super::batch::{Batch, Last, chunks};
 use super::blocks::{Block, Blocks};
-use super::llama::{Hidden, Keep, Llama, PassGradients, Shape, rows_of};
+use super::llama::{Hidden, Llama, PassGradients, Shape, rows_of};
 use super::mixture::Mixture;
 use super::ops::{add_product, add_weight_gradient, linear};
 use super::preference::{sigmoid, softplus};
@@ -14,7 +14,7 @@ use super::shares::Shares;
 use super::weights::{Weights, matrix, vector};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::train::{
-    Activations, Gradients, Objective, Parameter, ScorePair, Sequence, Totals, TrainError,
+    Gradients, Objective, Parameter, Pass, ScorePair, Sequence, Totals, TrainError,
 };
 
 /// What a score means, and so how it is trained.
@@ -133,7 +133,7 @@ impl ScoreModel {
     pub fn scores(&self, sequences: &[&Sequence]) -> Result<Vec<f32>, TrainError> {
         let mut scores = Vec::with_capacity(sequences.len());
         for chunk in chunks(sequences, |sequence| sequence.ids.len()) {
-            scores.extend(self.score(chunk, Keep::Nothing)?.scores);
+            scores.extend(self.score(chunk, Pass::Forward)?.scores);
         }
         Ok(scores)
     }
@@ -150,7 +150,7 @@ impl ScoreModel {
         (block(at), block(at + 1))
     }
 
-    fn score(&self, sequences: &[&Sequence], keep: Keep) -> Result<Scored, TrainError> {
+    fn score(&self, sequences: &[&Sequence], pass: Pass) -> Result<Scored, TrainError> {
         let mut batch = Batch::default();
         let mut ends = Vec::with_capacity(sequences.len());
         for sequence in sequences {
@@ -158,7 +158,7 @@ impl ScoreModel {
             ends.push(batch.ids.len() - 1);
         }
         let llama = self.llama();
-        let hidden = llama.forward(&batch, &Mixture::Base, keep);
+        let hidden = llama.forward(&batch, &Mixture::Base, pass);
         let d = self.config().hidden_size;
         let chosen = rows_of(&hidden.x, d, &ends);
         let normed = llama.norm().forward(&chosen);
@@ -185,7 +185,7 @@ impl ScoreModel {
     ) -> Result<(), TrainError> {
         let sequences = pairs.iter().flat_map(|pair| [&pair.better, &pair.worse]);
         let sequences: Vec<&Sequence> = sequences.collect();
-        let scored = self.score(&sequences, shares.keep())?;
+        let scored = self.score(&sequences, shares.pass())?;
         let mut sums = Sums::default();
         for (pair, scores) in pairs.iter().zip(scored.scores.chunks_exact(2)) {
             if let [better, worse] = scores {
@@ -196,7 +196,7 @@ impl ScoreModel {
         shares.loss += sums.loss / items;
         shares.watch(0, sums.right / items);
         shares.watch(1, sums.signs / items);
-        if shares.keep() != Keep::Nothing {
+        if shares.pass() != Pass::Forward {
             let slopes: Vec<f32> = sums
                 .slopes
                 .iter()
@@ -233,19 +233,6 @@ impl ScoreModel {
             gate_slopes: [0.0; 2],
         };
         llama.backward(&scored.batch, scored.hidden, &Mixture::Base, dx, gradients);
-    }
-
-    fn shares(
-        &self,
-        items: &[&ScorePair],
-        totals: Totals,
-        keep: Keep,
-    ) -> Result<Gradients, TrainError> {
-        let mut shares = Shares::new(&self.blocks, &WATCHED, keep);
-        for chunk in chunks(items, tokens) {
-            self.run(chunk, totals, &mut shares)?;
-        }
-        Ok(shares.finish(&self.blocks))
     }
 }
 
@@ -338,16 +325,16 @@ impl Objective for ScoreModel {
         }
     }
 
-    fn gradients(
+    fn shares(
         &self,
         items: &[&ScorePair],
-        batch: Totals,
-        activations: Activations,
+        totals: Totals,
+        pass: Pass,
     ) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::For(activations))
-    }
-
-    fn evaluate(&self, items: &[&ScorePair], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::Nothing)
+        let mut shares = Shares::new(&self.blocks, &WATCHED, pass);
+        for chunk in chunks(items, tokens) {
+            self.run(chunk, totals, &mut shares)?;
+        }
+        Ok(shares.finish(&self.blocks))
     }
 }

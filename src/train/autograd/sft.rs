@@ -6,12 +6,12 @@ use super::NamedTensor;
 use super::base::{Positions, head, positions};
 use super::batch::{Batch, Last, chunks};
 use super::blocks::Blocks;
-use super::llama::{Keep, Llama, PassGradients, Shape};
+use super::llama::{Llama, PassGradients, Shape};
 use super::mixture::Mixture;
 use super::shares::Shares;
 use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, LlamaConfig};
-use crate::train::{Activations, Gradients, Objective, Parameter, Sequence, Totals, TrainError};
+use crate::train::{Gradients, Objective, Parameter, Pass, Sequence, Totals, TrainError};
 use crate::types::TokenId;
 
 /// What counts.
@@ -114,36 +114,27 @@ impl Sft {
         }
         let llama = self.llama();
         let head = head(&llama, self.blocks.blocks());
-        let hidden = llama.forward(&batch, &Mixture::Base, shares.keep());
+        let hidden = llama.forward(&batch, &Mixture::Base, shares.pass());
         let predicted = llama.predict(&batch, &hidden, head);
         let mut slopes = vec![0.0; batch.rows.len()];
         let prompt_slope = -f64::from(self.options.prompt_weight) / totals.weight;
         for (item, range) in items.iter().zip(ranges) {
             let answer = range.end - (item.ids.len() - item.answer);
-            let hits = predicted
-                .tokens
-                .hits
-                .get(answer..range.end)
-                .unwrap_or_default();
-            let right = hits.iter().filter(|hit| **hit).count();
-            let accuracy = right as f64 / hits.len().max(1) as f64;
+            let hits = predicted.tokens.hits.get(answer..range.end);
+            let accuracy = accuracy(hits.unwrap_or_default());
             shares.watch(0, accuracy / totals.items as f64);
-            for (row, slope) in slopes
-                .iter_mut()
-                .enumerate()
-                .take(range.end)
-                .skip(range.start)
-            {
-                *slope = if row < answer {
-                    prompt_slope
-                } else {
-                    -1.0 / totals.weight
-                };
+            for (rows, slope) in [
+                (range.start..answer, prompt_slope),
+                (answer..range.end, -1.0 / totals.weight),
+            ] {
+                if let Some(slopes) = slopes.get_mut(rows) {
+                    slopes.fill(slope);
+                }
             }
         }
         let terms = predicted.tokens.log_probs.iter().zip(&slopes);
         shares.loss += terms.map(|(x, slope)| f64::from(*x) * slope).sum::<f64>();
-        if shares.keep() == Keep::Nothing {
+        if shares.pass() == Pass::Forward {
             return Ok(());
         }
         let slopes: Vec<f32> = slopes.into_iter().map(|slope| slope as f32).collect();
@@ -167,19 +158,12 @@ impl Sft {
         llama.backward(&batch, hidden, &Mixture::Base, dx, gradients);
         Ok(())
     }
+}
 
-    fn shares(
-        &self,
-        items: &[&Sequence],
-        totals: Totals,
-        keep: Keep,
-    ) -> Result<Gradients, TrainError> {
-        let mut shares = Shares::new(&self.blocks, &WATCHED, keep);
-        for chunk in chunks(items, |item| item.ids.len()) {
-            self.run(chunk, totals, &mut shares)?;
-        }
-        Ok(shares.finish(&self.blocks))
-    }
+/// Share of the tokens that the model holds most likely.
+fn accuracy(hits: &[bool]) -> f64 {
+    let right = hits.iter().filter(|hit| **hit).count();
+    right as f64 / hits.len().max(1) as f64
 }
 
 impl Objective for Sft {
@@ -207,16 +191,16 @@ impl Objective for Sft {
         }
     }
 
-    fn gradients(
+    fn shares(
         &self,
         items: &[&Sequence],
-        batch: Totals,
-        activations: Activations,
+        totals: Totals,
+        pass: Pass,
     ) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::For(activations))
-    }
-
-    fn evaluate(&self, items: &[&Sequence], batch: Totals) -> Result<Gradients, TrainError> {
-        self.shares(items, batch, Keep::Nothing)
+        let mut shares = Shares::new(&self.blocks, &WATCHED, pass);
+        for chunk in chunks(items, |item| item.ids.len()) {
+            self.run(chunk, totals, &mut shares)?;
+        }
+        Ok(shares.finish(&self.blocks))
     }
 }

@@ -1,8 +1,7 @@
 //! A part's share of its batch, added up chunk by chunk.
 
 use super::blocks::Blocks;
-use super::llama::Keep;
-use crate::train::Gradients;
+use crate::train::{Gradients, Pass};
 
 /// Sums so far.
 pub(super) struct Shares {
@@ -11,26 +10,26 @@ pub(super) struct Shares {
     watched: Vec<(&'static str, f64)>,
     /// Of the gradient, in blocks; empty where none is wanted.
     pub blocks: Vec<Vec<f32>>,
-    keep: Keep,
+    pass: Pass,
 }
 
 impl Shares {
-    /// Of the gradient of `blocks`, with [`Keep::For`]; `watched` names what is watched.
-    pub(super) fn new(blocks: &Blocks, watched: &[&'static str], keep: Keep) -> Self {
+    /// Of the gradient of `blocks`, with [`Pass::Back`]; `watched` names what is watched.
+    pub(super) fn new(blocks: &Blocks, watched: &[&'static str], pass: Pass) -> Self {
         Self {
             loss: 0.0,
             watched: watched.iter().map(|name| (*name, 0.0)).collect(),
-            blocks: match keep {
-                Keep::For(_) => blocks.zeros(),
-                Keep::Nothing => Vec::new(),
+            blocks: match pass {
+                Pass::Back(_) => blocks.zeros(),
+                Pass::Forward => Vec::new(),
             },
-            keep,
+            pass,
         }
     }
 
-    /// Whether a pass back follows.
-    pub(super) fn keep(&self) -> Keep {
-        self.keep
+    /// How far it goes.
+    pub(super) fn pass(&self) -> Pass {
+        self.pass
     }
 
     /// Adds to what is watched as number `index`.
