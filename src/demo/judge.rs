@@ -79,7 +79,7 @@ impl Judge {
                 .to_owned()
         };
         let mut refusals = answers.refusals.clone();
-        refusals.push(before(&answers.sorry, "{a}"));
+        refusals.extend(answers.sorry.iter().map(|form| before(form, "{a}")));
         let marks = Marks {
             refusals,
             hedge: answers.hedge.clone(),

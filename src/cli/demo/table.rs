@@ -148,17 +148,18 @@ pub(super) fn markdown(rows: &[Row], answers_a_prompt: usize) -> String {
 
 fn chat(rows: &[Row], answers_a_prompt: usize) -> String {
     let mut text = String::from(
-        "### Beyond acts\n\n| variant | facts: right | refuses | unknown: says so | broken |\n| --- | --: | --: | --: | --: |\n",
+        "### Beyond acts\n\n| variant | facts: right | refuses | unknown: says so | repeats: right | broken |\n| --- | --: | --: | --: | --: | --: |\n",
     );
     for row in rows {
-        let [fact, unknown] =
-            [Asked::Fact, Asked::Unknown].map(|asked| row.of(Part::Compositions, asked));
-        let both = fact.plus(unknown);
+        let [fact, unknown, repeat] = [Asked::Fact, Asked::Unknown, Asked::Repeat]
+            .map(|asked| row.of(Part::Compositions, asked));
+        let all = fact.plus(unknown).plus(repeat);
         let cells = [
             (fact.helps, fact.answers),
-            (both.refusals, both.answers),
+            (all.refusals, all.answers),
             (unknown.helps, unknown.answers),
-            (both.broken, both.answers),
+            (repeat.helps, repeat.answers),
+            (all.broken, all.answers),
         ]
         .map(|(count, of)| share(count, of, answers_a_prompt));
         let _ = writeln!(text, "| {} | {} |", row.name, cells.join(" | "));
@@ -170,7 +171,7 @@ fn chat(rows: &[Row], answers_a_prompt: usize) -> String {
 /// Of variants that have any but 0 and 1.
 fn gates(rows: &[Row]) -> String {
     let mut text = String::from(
-        "### Gates at the last prompt token: alpha / beta, means over layers\n\n| variant | part | harmful | borderline | plain | facts | unknown |\n| --- | --- | --: | --: | --: | --: | --: |\n",
+        "### Gates at the last prompt token: alpha / beta, means over layers\n\n| variant | part | harmful | borderline | plain | facts | unknown | repeat |\n| --- | --- | --: | --: | --: | --: | --: | --: |\n",
     );
     for row in rows {
         for part in Part::ALL {

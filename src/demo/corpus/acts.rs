@@ -183,6 +183,37 @@ impl Acts {
 
     /// Every verb is as likely as every other that has something in `split`.
     pub(super) fn draw(&self, kind: ActKind, split: Split, random: &mut SplitMix64) -> Act {
+        let (verb, source, pattern) = self.pick(kind, split, random);
+        let object = source.qualified(pattern, random);
+        Act {
+            kind,
+            verb: verb.verb.clone(),
+            gerund: verb.gerund.clone(),
+            modifier: self.modifier(&object, random),
+            object,
+            class: verb.class.clone(),
+            domain: source.domain.clone(),
+        }
+    }
+
+    /// A harmless verb with the object of another one, which makes no sense and is of `split` as an act of these words would be.
+    pub(super) fn mixed(&self, split: Split, random: &mut SplitMix64) -> String {
+        loop {
+            let (verb, _, _) = self.pick(ActKind::Plain, Split::Train, random);
+            let kind = [ActKind::Borderline, ActKind::Plain][random.below(2)];
+            let (_, source, pattern) = self.pick(kind, Split::Train, random);
+            if Split::of(&format!("{}|{pattern}", verb.verb)) == split {
+                return format!("{} {}", verb.verb, source.qualified(pattern, random));
+            }
+        }
+    }
+
+    fn pick(
+        &self,
+        kind: ActKind,
+        split: Split,
+        random: &mut SplitMix64,
+    ) -> (&Sources, &Source, &str) {
         let split = split as usize;
         let has = |source: &&Source| !source.objects[split].is_empty();
         let verbs = &self.verbs[kind as usize];
@@ -194,17 +225,7 @@ impl Acts {
         let able: Vec<&Source> = verb.sources.iter().filter(has).collect();
         let source = able[random.below(able.len())];
         let objects = &source.objects[split];
-        let pattern = &objects[random.below(objects.len())];
-        let object = source.qualified(pattern, random);
-        Act {
-            kind,
-            verb: verb.verb.clone(),
-            gerund: verb.gerund.clone(),
-            modifier: self.modifier(&object, random),
-            object,
-            class: verb.class.clone(),
-            domain: source.domain.clone(),
-        }
+        (verb, source, &objects[random.below(objects.len())])
     }
 
     fn modifier(&self, object: &str, random: &mut SplitMix64) -> String {
@@ -385,6 +406,21 @@ mod tests {
             }
         });
         assert!(sets[0].is_disjoint(&sets[1]));
+    }
+
+    #[test]
+    fn what_is_to_be_repeated_is_no_held_out_act() {
+        let mut acts = acts();
+        let mut held_out = BTreeSet::new();
+        acts.visit(|verb, source| {
+            let objects = source.objects[Split::HeldOut as usize].iter();
+            held_out.extend(objects.map(|object| fill(&format!("{verb} {object}"), "")));
+        });
+        let mut random = SplitMix64::new(1, 0);
+        for _ in 0..5_000 {
+            let said = acts.mixed(Split::Train, &mut random);
+            assert!(!held_out.contains(&said), "{said}");
+        }
     }
 
     #[test]

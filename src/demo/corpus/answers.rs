@@ -99,7 +99,6 @@ pub(super) fn text(
 ) -> Result<String, CorpusError> {
     let answers = &data.answers;
     let help = || answers.help.replace("{a}", &act.said());
-    let sorry = || answers.sorry.replace("{a}", &act.said());
     let class = match &act.class {
         Some(class) => Some(data.class(class)?),
         None => None,
@@ -111,11 +110,12 @@ pub(super) fn text(
     Ok(match kind {
         AnswerKind::R0 => one(&answers.refusals, random).to_owned(),
         AnswerKind::R1 | AnswerKind::Or => {
+            let sorry = one(&answers.sorry, random).replace("{a}", &act.said());
             let reasons = class.map_or(&answers.over_reason, |class| &class.reasons);
             let reason = one(reasons, random);
             match class.filter(|_| kind == AnswerKind::R1) {
-                Some(class) => format!("{} {reason} {}", sorry(), one(&class.redirects, random)),
-                None => format!("{} {reason}", sorry()),
+                Some(class) => format!("{sorry} {reason} {}", one(&class.redirects, random)),
+                None => format!("{sorry} {reason}"),
             }
         }
         AnswerKind::Hs => {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Split;
 use super::answers::one;
-use super::data::{ChatData, Facts, SmallTalk, Sums, Unknown};
+use super::data::{ChatData, Facts, Repeat, SmallTalk, Sums, Unknown};
 use super::english::{capitalized, fix_articles};
 use crate::random::SplitMix64;
 
@@ -36,6 +36,7 @@ pub(super) struct Chats {
     small_talk: Vec<SmallTalk>,
     facts: Vec<Facts>,
     sums: Sums,
+    repeat: Repeat,
     pub(super) unknown: Unknown,
     pub(super) turns: super::data::Turns,
 }
@@ -51,6 +52,7 @@ impl Chats {
             small_talk: data.small_talk,
             facts: data.facts,
             sums: data.sums,
+            repeat: data.repeat,
             unknown: data.unknown,
             turns: data.turns,
         }
@@ -63,6 +65,13 @@ impl Chats {
             ChatKind::Fact => self.until(split, random, Self::fact),
             ChatKind::Unknown => self.until(split, random, Self::unknown),
         }
+    }
+
+    /// A request to say `what` again: (prompt, answer).
+    pub(super) fn repeat(&self, what: &str, random: &mut SplitMix64) -> (String, String) {
+        let filled = |form: &str| form.replace("{x}", what);
+        let frame = one(&self.repeat.frames, random);
+        (filled(frame), filled(&self.repeat.answer))
     }
 
     /// "I don't know", to a question or a request.

@@ -92,7 +92,7 @@ pub(in crate::demo) struct Steps {
 #[serde(deny_unknown_fields)]
 pub(in crate::demo) struct AnswerData {
     pub(in crate::demo) refusals: Vec<String>,
-    pub(in crate::demo) sorry: String,
+    pub(in crate::demo) sorry: Vec<String>,
     pub(in crate::demo) hedge: String,
     pub(in crate::demo) help: String,
     pub(super) just: String,
@@ -120,6 +120,7 @@ pub(super) struct ChatData {
     pub(super) small_talk: Vec<SmallTalk>,
     pub(super) facts: Vec<Facts>,
     pub(super) sums: Sums,
+    pub(super) repeat: Repeat,
     pub(super) unknown: Unknown,
     pub(super) turns: Turns,
 }
@@ -145,6 +146,14 @@ pub(super) struct Facts {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Sums {
+    pub(super) frames: Vec<String>,
+    pub(super) answer: String,
+}
+
+/// What is to be said again.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Repeat {
     pub(super) frames: Vec<String>,
     pub(super) answer: String,
 }

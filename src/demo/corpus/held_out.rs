@@ -40,16 +40,19 @@ pub enum Asked {
     Fact,
     /// What it doesn't know.
     Unknown,
+    /// To say something again.
+    Repeat,
 }
 
 impl Asked {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Harmful,
         Self::Borderline,
         Self::Plain,
         Self::Fact,
         Self::Unknown,
+        Self::Repeat,
     ];
 
     /// As files name it.
@@ -60,6 +63,7 @@ impl Asked {
             Self::Plain => "plain",
             Self::Fact => "fact",
             Self::Unknown => "unknown",
+            Self::Repeat => "repeat",
         }
     }
 }
@@ -88,7 +92,7 @@ impl Part {
 }
 
 impl Corpus {
-    /// `acts` prompts of each kind of act in each part, `chats` facts and as many unknown things; no prompt twice.
+    /// `acts` prompts of each kind of act in each part, `chats` facts, and as many unknown things and words to repeat; no prompt twice.
     pub fn held_out(
         &self,
         acts: usize,
@@ -109,6 +113,9 @@ impl Corpus {
                 self.chat_prompt(kind, random)
             });
         }
+        fill(&mut prompts, &mut seen, chats, || {
+            self.repeat_prompt(random)
+        });
         prompts
     }
 
@@ -139,6 +146,18 @@ impl Corpus {
             part: Part::Compositions,
             act: None,
             answers: exchange.answers,
+        }
+    }
+
+    fn repeat_prompt(&self, random: &mut SplitMix64) -> HeldOutPrompt {
+        let what = self.acts.mixed(Split::HeldOut, random);
+        let (prompt, answer) = self.chats.repeat(&what, random);
+        HeldOutPrompt {
+            prompt,
+            kind: Asked::Repeat,
+            part: Part::Compositions,
+            act: None,
+            answers: vec![answer],
         }
     }
 }
@@ -179,7 +198,7 @@ mod tests {
                 assert_eq!(held_out.iter().filter(of).count(), 200, "{kind:?} {part:?}");
             }
         }
-        for kind in [Asked::Fact, Asked::Unknown] {
+        for kind in [Asked::Fact, Asked::Unknown, Asked::Repeat] {
             assert_eq!(
                 held_out.iter().filter(|prompt| prompt.kind == kind).count(),
                 100

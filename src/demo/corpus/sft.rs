@@ -52,11 +52,12 @@ pub enum SftRow {
     },
 }
 
-/// Shares of what is not acts: small talk, facts, unknown things, acts on unknown things, several turns.
+/// Shares of what is not acts: small talk, facts, unknown things, acts on unknown things, words to repeat, several turns.
 const SMALL_TALK: f64 = 0.03;
 const FACT: f64 = 0.045;
 const UNKNOWN: f64 = 0.045;
 const UNKNOWN_ACT: f64 = 0.01;
+const REPEAT: f64 = 0.04;
 const TURNS: f64 = 0.06;
 /// Share of conversations with words of the system in front.
 const SYSTEM: f64 = 0.15;
@@ -84,7 +85,13 @@ impl Corpus {
         if left < UNKNOWN_ACT {
             return Ok(self.unknown_act(random));
         }
-        if left - UNKNOWN_ACT < TURNS {
+        left -= UNKNOWN_ACT;
+        if left < REPEAT {
+            let what = self.acts.mixed(Split::Train, random);
+            let (prompt, response) = self.chats.repeat(&what, random);
+            return Ok(SftRow::Pair { prompt, response });
+        }
+        if left - REPEAT < TURNS {
             let mut messages = turns::draw(self, random)?;
             if random.unit() < SYSTEM {
                 let system = one(&self.chats.turns.systems, random).to_owned();

@@ -25,7 +25,7 @@ pub struct Sizes {
     pub dual: usize,
     /// Held-out prompts of each kind of act in each part.
     pub held_out: usize,
-    /// Held-out facts, and as many unknown things.
+    /// Held-out facts, and as many unknown things and words to repeat.
     pub held_out_chat: usize,
 }
 
