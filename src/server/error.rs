@@ -178,67 +178,32 @@ impl ApiError {
         }
     }
 
-    /// The status, and the error's `type` and `code`.
-    fn classify(&self) -> (StatusCode, &'static str, Option<&'static str>) {
-        const REQUEST: &str = "invalid_request_error";
+    /// The status, and the error's `code`.
+    fn classify(&self) -> (StatusCode, &'static str) {
         match self {
             Self::Read(ReadError::Syntax { .. } | ReadError::NotAnObject { .. }) => {
-                (StatusCode::BAD_REQUEST, REQUEST, Some("invalid_json"))
+                (StatusCode::BAD_REQUEST, "invalid_json")
             }
-            Self::Read(ReadError::Field { .. }) => {
-                (StatusCode::BAD_REQUEST, REQUEST, Some("invalid_type"))
-            }
-            Self::Invalid { .. } => (StatusCode::BAD_REQUEST, REQUEST, Some("invalid_value")),
-            Self::Unsupported { .. } => (
-                StatusCode::BAD_REQUEST,
-                REQUEST,
-                Some("unsupported_parameter"),
-            ),
-            Self::Denied { .. } => (
-                StatusCode::FORBIDDEN,
-                "permission_error",
-                Some("policy_denied"),
-            ),
-            Self::ModelNotFound { .. } => (StatusCode::NOT_FOUND, REQUEST, Some("model_not_found")),
+            Self::Read(ReadError::Field { .. }) => (StatusCode::BAD_REQUEST, "invalid_type"),
+            Self::Invalid { .. } => (StatusCode::BAD_REQUEST, "invalid_value"),
+            Self::Unsupported { .. } => (StatusCode::BAD_REQUEST, "unsupported_parameter"),
+            Self::Denied { .. } => (StatusCode::FORBIDDEN, "policy_denied"),
+            Self::ModelNotFound { .. } => (StatusCode::NOT_FOUND, "model_not_found"),
             Self::Text { source, .. } => classify_text(source),
             Self::Submit { source, .. } => classify_submit(source),
-            Self::Unauthorized { .. } => (
-                StatusCode::UNAUTHORIZED,
-                "authentication_error",
-                Some("invalid_api_key"),
-            ),
-            Self::NoRoute { .. } => (StatusCode::NOT_FOUND, REQUEST, Some("unknown_url")),
-            Self::Method { .. } => (
-                StatusCode::METHOD_NOT_ALLOWED,
-                REQUEST,
-                Some("method_not_allowed"),
-            ),
-            Self::ContentTooLarge { .. } => (
-                StatusCode::PAYLOAD_TOO_LARGE,
-                REQUEST,
-                Some("content_too_large"),
-            ),
-            Self::MediaType { .. } => (
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                REQUEST,
-                Some("unsupported_media_type"),
-            ),
-            Self::Body => (StatusCode::BAD_REQUEST, REQUEST, Some("incomplete_body")),
-            Self::SlowBody { .. } => (
-                StatusCode::REQUEST_TIMEOUT,
-                "timeout_error",
-                Some("slow_body"),
-            ),
-            Self::Timeout { .. } => (
-                StatusCode::GATEWAY_TIMEOUT,
-                "timeout_error",
-                Some("request_timeout"),
-            ),
-            Self::Failed { .. } | Self::Internal => (
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "server_error",
-                Some("internal_error"),
-            ),
+            Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, "invalid_api_key"),
+            Self::NoRoute { .. } => (StatusCode::NOT_FOUND, "unknown_url"),
+            Self::Method { .. } => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::ContentTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "content_too_large"),
+            Self::MediaType { .. } => {
+                (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type")
+            }
+            Self::Body => (StatusCode::BAD_REQUEST, "incomplete_body"),
+            Self::SlowBody { .. } => (StatusCode::REQUEST_TIMEOUT, "slow_body"),
+            Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "request_timeout"),
+            Self::Failed { .. } | Self::Internal => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "internal_error")
+            }
         }
     }
 
@@ -271,13 +236,13 @@ impl ApiError {
 
     /// OpenAI's object.
     pub fn body(&self) -> ErrorBody {
-        let (_, kind, code) = self.classify();
+        let (status, code) = self.classify();
         ErrorBody {
             error: ErrorDetail {
                 message: self.to_string(),
-                kind: kind.to_owned(),
+                kind: kind(status).to_owned(),
                 param: self.param(),
-                code: code.map(str::to_owned),
+                code: Some(code.to_owned()),
             },
         }
     }
@@ -292,55 +257,41 @@ impl ApiError {
     }
 }
 
-fn classify_text(error: &TextError) -> (StatusCode, &'static str, Option<&'static str>) {
-    const REQUEST: &str = "invalid_request_error";
-    match error {
-        TextError::Template { .. } => (
-            StatusCode::BAD_REQUEST,
-            REQUEST,
-            Some("chat_template_error"),
-        ),
-        TextError::TooLong { .. } => (
-            StatusCode::BAD_REQUEST,
-            REQUEST,
-            Some("context_length_exceeded"),
-        ),
-        TextError::Encode { .. } => (StatusCode::BAD_REQUEST, REQUEST, Some("invalid_value")),
-        TextError::Tokenizer { .. } | TextError::TemplateSource { .. } => (
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "server_error",
-            Some("internal_error"),
-        ),
+/// OpenAI's `type` of an error with this status.
+fn kind(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
+        StatusCode::FORBIDDEN => "permission_error",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+        StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => "timeout_error",
+        status if status.is_server_error() => "server_error",
+        _ => "invalid_request_error",
     }
 }
 
-fn classify_submit(error: &SubmitError) -> (StatusCode, &'static str, Option<&'static str>) {
-    const REQUEST: &str = "invalid_request_error";
+fn classify_text(error: &TextError) -> (StatusCode, &'static str) {
+    match error {
+        TextError::Template { .. } => (StatusCode::BAD_REQUEST, "chat_template_error"),
+        TextError::TooLong { .. } => (StatusCode::BAD_REQUEST, "context_length_exceeded"),
+        TextError::Encode { .. } => (StatusCode::BAD_REQUEST, "invalid_value"),
+        TextError::Tokenizer { .. } | TextError::TemplateSource { .. } => {
+            (StatusCode::INTERNAL_SERVER_ERROR, "internal_error")
+        }
+    }
+}
+
+fn classify_submit(error: &SubmitError) -> (StatusCode, &'static str) {
     match error {
         SubmitError::EmptyPrompt | SubmitError::TokenOutOfRange { .. } => {
-            (StatusCode::BAD_REQUEST, REQUEST, Some("invalid_value"))
+            (StatusCode::BAD_REQUEST, "invalid_value")
         }
-        SubmitError::ContextLength { .. } | SubmitError::CacheTooSmall { .. } => (
-            StatusCode::BAD_REQUEST,
-            REQUEST,
-            Some("context_length_exceeded"),
-        ),
-        SubmitError::NoExperts { .. } => (StatusCode::BAD_REQUEST, REQUEST, Some("no_experts")),
-        SubmitError::QueueFull { .. } => (
-            StatusCode::TOO_MANY_REQUESTS,
-            "rate_limit_error",
-            Some("queue_full"),
-        ),
-        SubmitError::Draining => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "server_error",
-            Some("draining"),
-        ),
-        SubmitError::EngineGone => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "server_error",
-            Some("engine_unavailable"),
-        ),
+        SubmitError::ContextLength { .. } | SubmitError::CacheTooSmall { .. } => {
+            (StatusCode::BAD_REQUEST, "context_length_exceeded")
+        }
+        SubmitError::NoExperts { .. } => (StatusCode::BAD_REQUEST, "no_experts"),
+        SubmitError::QueueFull { .. } => (StatusCode::TOO_MANY_REQUESTS, "queue_full"),
+        SubmitError::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
+        SubmitError::EngineGone => (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable"),
     }
 }
 
