@@ -3,7 +3,8 @@
 //! x is quantised once a product ([`Quantise`]), by the rule of [`ops::quantise_block`]. For an output and a block of 32 inputs
 //! (Q6_K: twice 16) with weights s q + m, where m is the format's minimum or what its integers are offset by, and x = t p:
 //!
-//! `y += sum(q p) * (s t)`, then `y += m * (t sum(p))`; Q6_K takes its offset off the integers.
+//! `y += sum(q p) * (s t)`, then `y += m * (t sum(p))`; where m is an offset, it is taken off the integers instead: the exact sum begins
+//! with it.
 //!
 //! Lanes are outputs and a row's sum depends on that row alone, so the laws of [`super::gemm`] hold here too.
 //!
@@ -30,7 +31,9 @@ pub struct Block {
     /// t sum(p).
     sum: f32,
     /// sum(p) of each half.
-    halves: [i32; 2],
+    halves: [i16; 2],
+    /// -8 sum(p): what the offset of four bits adds to a sum of products.
+    offset: i32,
 }
 
 impl Block {
@@ -40,6 +43,7 @@ impl Block {
         scale: 0.0,
         sum: 0.0,
         halves: [0; 2],
+        offset: 0,
     };
 }
 
@@ -172,14 +176,17 @@ fn quantise<S: Simd>(simd: S, x: &[f32; INT8_BLOCK]) -> Block {
         let p = simd.round(simd.mul(halves[half], inverse));
         // SAFETY: each half has 16 bytes.
         unsafe { simd.store_i8(block.p.as_mut_ptr().add(half * LANES), p) };
+        // At most 16 * 127.
         let mut sum = 0;
         for p in &block.p[half * LANES..][..LANES] {
-            sum += i32::from(*p);
+            sum += i16::from(*p);
         }
         block.halves[half] = sum;
     }
+    let sum = i32::from(block.halves[0] + block.halves[1]);
+    block.offset = -8 * sum;
     block.scale = most / 127.0 + broken;
-    block.sum = block.scale * (block.halves[0] + block.halves[1]) as f32;
+    block.sum = block.scale * sum as f32;
     block
 }
 
@@ -424,6 +431,13 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
         _ => DType::Q6K,
     });
 
+    /// Whether sums of products begin with the format's offset: 8 of four bits, 16 of five. That of six belongs to halves.
+    const OFFSET_FIRST: bool = {
+        let first = !MINIMUM && HIGH < 2;
+        assert!(!first || Self::QUANT.offset == 8 << HIGH);
+        first
+    };
+
     /// # Safety
     /// `low` is four quads, `high` HIGH; the rows must have block `x`.
     #[inline(always)]
@@ -436,6 +450,16 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
     ) -> Dots<S::I, R> {
         let zero = simd.splat_int(0);
         let (mut dots, mut small) = ([[zero; R]; 2], [zero; R]);
+        if const { Self::OFFSET_FIRST } {
+            for r in 0..R {
+                // SAFETY: by contract.
+                let offset = simd.splat_int(unsafe { self.0.block(r, x) }.offset);
+                dots[0][r] = match HIGH {
+                    0 => offset,
+                    _ => simd.shl::<1>(offset),
+                };
+            }
+        }
         let second = if HIGH == 2 { QUAD } else { 0 };
         // Two calls and no loop, which would keep the sums in memory.
         // SAFETY: by contract.
@@ -527,10 +551,6 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
                     minimum = simd.mul(minimum, simd.to_float(integer));
                     minimum = simd.sub(simd.splat(0.0), minimum);
                 }
-                if !MINIMUM && groups == 1 {
-                    let offset = const { -Self::QUANT.offset as f32 };
-                    minimum = simd.mul(scale, simd.splat(offset));
-                }
                 (scale, minimum)
             };
             for r in 0..R {
@@ -539,11 +559,11 @@ impl<const R: usize, const HIGH: usize, const MINIMUM: bool, const K: bool>
                 let mut dot = dots[group][r];
                 if groups == 2 {
                     let offset = const { -Self::QUANT.offset };
-                    dot = simd.add_int(dot, simd.splat_int(offset * x.halves[group]));
+                    dot = simd.add_int(dot, simd.splat_int(offset * i32::from(x.halves[group])));
                 }
                 let scale = simd.mul(scale, simd.splat(x.scale));
                 sums[r] = simd.fma(simd.to_float(dot), scale, sums[r]);
-                if groups == 1 {
+                if MINIMUM {
                     sums[r] = simd.fma(minimum, simd.splat(x.sum), sums[r]);
                 }
             }
