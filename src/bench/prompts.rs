@@ -172,9 +172,8 @@ mod tests {
 
     #[test]
     fn from_file_names_the_line_that_is_wrong() {
-        let folder = std::env::temp_dir().join(format!("midpo-prompts-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let file = folder.join("prompts.jsonl");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prompts.jsonl");
         std::fs::write(&file, "one\n\n{\"prompt\":\"two\"}\n").unwrap();
         assert_eq!(from_file(&file).unwrap(), ["one", "two"]);
         std::fs::write(&file, "one\n{\"x\":1}\n").unwrap();
@@ -182,7 +181,7 @@ mod tests {
         assert!(error.contains("prompts.jsonl:2: expected text"), "{error}");
         std::fs::write(&file, "\n").unwrap();
         assert!(from_file(&file).is_err());
-        std::fs::remove_dir_all(&folder).unwrap();
+        folder.close().unwrap();
         assert!(matches!(from_file(&file), Err(BenchError::File { .. })));
     }
 }

@@ -312,21 +312,18 @@ mod tests {
         // The environment of whoever runs the tests must not matter.
         let command = command.mut_args(|arg| arg.env(None::<&'static str>));
         let matches = command.try_get_matches_from(args).map_err(Box::new)?;
-        let directory = std::env::temp_dir().join(format!("midpo-config-{}", uuid::Uuid::new_v4()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let file = directory.join("midpo.toml");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("midpo.toml");
         if let Some(toml) = toml {
             std::fs::write(&file, toml).unwrap();
             check_file(&file, &keys())?;
         }
         let file = toml.map(|_| file);
         let written = ServeOptions::from_arg_matches(&matches).map_err(Box::new)?;
-        let options = written.load(&Sources {
+        written.load(&Sources {
             matches: &matches,
             file,
-        });
-        std::fs::remove_dir_all(directory).unwrap();
-        options
+        })
     }
 
     #[test]

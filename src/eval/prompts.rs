@@ -329,27 +329,18 @@ mod tests {
     use super::*;
 
     /// Files of one test, gone with it.
-    struct Folder(PathBuf);
+    struct Folder(tempfile::TempDir);
 
     impl Folder {
         fn new() -> Self {
-            let name = format!("midpo-prompts-{}", uuid::Uuid::new_v4());
-            let folder = std::env::temp_dir().join(name);
-            fs::create_dir_all(&folder).unwrap();
-            Self(folder)
+            Self(tempfile::tempdir().unwrap())
         }
 
         fn write(&self, name: &str, text: &str) -> PathBuf {
-            let file = self.0.join(name);
+            let file = self.0.path().join(name);
             fs::create_dir_all(file.parent().unwrap()).unwrap();
             fs::write(&file, text).unwrap();
             file
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
         }
     }
 
@@ -444,9 +435,12 @@ mod tests {
             let prompts = read(paths).unwrap();
             prompts.into_iter().map(|prompt| prompt.set).collect()
         };
-        assert_eq!(sets(std::slice::from_ref(&folder.0)), ["a", "a", "b"]);
+        assert_eq!(sets(&[folder.0.path().to_owned()]), ["a", "a", "b"]);
         assert_eq!(
-            sets(&[folder.0.join("b"), folder.0.join("a/data.jsonl")]),
+            sets(&[
+                folder.0.path().join("b"),
+                folder.0.path().join("a/data.jsonl")
+            ]),
             ["b", "a", "a"]
         );
         let own = folder.write("c/mine.jsonl", line);
@@ -484,13 +478,17 @@ mod tests {
                 assert!(error.contains(word), "{line}: {error}");
             }
         }
-        let error = read(&[folder.0.join("none")]).unwrap_err().to_string();
+        let error = read(&[folder.0.path().join("none")])
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("--prompts") && error.contains("none"),
             "{error}"
         );
-        fs::create_dir(folder.0.join("empty")).unwrap();
-        let error = read(&[folder.0.join("empty")]).unwrap_err().to_string();
+        fs::create_dir(folder.0.path().join("empty")).unwrap();
+        let error = read(&[folder.0.path().join("empty")])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(".jsonl"), "{error}");
     }
 

@@ -347,6 +347,8 @@ mod tests {
     use std::path::Path;
     use std::sync::atomic::AtomicBool;
 
+    use tempfile::tempdir;
+
     use super::*;
     use crate::random::SplitMix64;
     use crate::train::{Activations, AdamWOptions, Observer, Parameter, Pass, Unwatched, Warmup};
@@ -459,22 +461,6 @@ mod tests {
         }
     }
 
-    /// A directory of its own, gone with the value.
-    struct Scratch(PathBuf);
-
-    impl Scratch {
-        fn new() -> Self {
-            let name = format!("midpo-run-{}", uuid::Uuid::new_v4());
-            Self(std::env::temp_dir().join(name))
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
     /// Trains in `directory`; `stop_at`: as if the user had pressed Ctrl-C during that step.
     fn train(
         points: &[Point],
@@ -512,8 +498,8 @@ mod tests {
 
     #[test]
     fn a_run_finds_the_line_and_reports_what_it_did() {
-        let (scratch, points) = (Scratch::new(), points());
-        let (report, weights) = train(&points, &options(), &scratch.0, None);
+        let (scratch, points) = (tempdir().unwrap(), points());
+        let (report, weights) = train(&points, &options(), scratch.path(), None);
         let report = report.unwrap();
         assert_eq!((report.steps, report.ended), (70, Ended::Length));
         assert!(
@@ -525,7 +511,7 @@ mod tests {
             "{weights:?}"
         );
         assert_eq!(report.tokens, 50 * 5 * 10);
-        let metrics = std::fs::read_to_string(scratch.0.join(METRICS)).unwrap();
+        let metrics = std::fs::read_to_string(scratch.path().join(METRICS)).unwrap();
         let last: Record = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
         assert_eq!((metrics.lines().count(), last.step), (70, 70));
         assert_eq!(last.watched(DELTA).map(|delta| delta > 2.0), Some(true));
@@ -534,72 +520,72 @@ mod tests {
     #[test]
     fn neither_threads_nor_an_interruption_change_a_bit() {
         let points = points();
-        let (_, want) = train(&points, &options(), &Scratch::new().0, None);
+        let (_, want) = train(&points, &options(), tempdir().unwrap().path(), None);
         for threads in [2, 3] {
             let options = RunOptions {
                 threads,
                 ..options()
             };
-            let (_, weights) = train(&points, &options, &Scratch::new().0, None);
+            let (_, weights) = train(&points, &options, tempdir().unwrap().path(), None);
             assert_eq!(weights, want, "{threads} threads");
         }
         for save_every in [None, Some(5)] {
-            let scratch = Scratch::new();
+            let scratch = tempdir().unwrap();
             let options = RunOptions {
                 save_every,
                 ..options()
             };
-            let (stopped, halfway) = train(&points, &options, &scratch.0, Some(33));
+            let (stopped, halfway) = train(&points, &options, scratch.path(), Some(33));
             let error = stopped.unwrap_err().to_string();
             assert!(
                 error.contains("after step 33 of 70") && error.contains("--resume"),
                 "{error}"
             );
             assert_ne!(halfway, want);
-            let (report, weights) = train(&points, &options, &scratch.0, None);
+            let (report, weights) = train(&points, &options, scratch.path(), None);
             assert_eq!(report.unwrap().tokens, 50 * 5 * 10);
             assert_eq!(weights, want, "resumed");
-            let metrics = std::fs::read_to_string(scratch.0.join(METRICS)).unwrap();
+            let metrics = std::fs::read_to_string(scratch.path().join(METRICS)).unwrap();
             assert_eq!(metrics.lines().count(), 70);
         }
     }
 
     #[test]
     fn a_run_killed_after_a_saved_state_computes_the_lost_steps_again() {
-        let (points, scratch) = (points(), Scratch::new());
+        let (points, scratch) = (points(), tempdir().unwrap());
         let options = RunOptions {
             save_every: Some(20),
             ..options()
         };
-        let (_, want) = train(&points, &options, &scratch.0, None);
+        let (_, want) = train(&points, &options, scratch.path(), None);
         // The state of step 60 is the last one: as if the process had died in step 70.
-        let (report, weights) = train(&points, &options, &scratch.0, None);
+        let (report, weights) = train(&points, &options, scratch.path(), None);
         assert_eq!(report.unwrap().steps, 70);
         assert_eq!(weights, want);
     }
 
     #[test]
     fn a_state_of_another_run_is_refused() {
-        let (points, scratch) = (points(), Scratch::new());
-        let (stopped, _) = train(&points, &options(), &scratch.0, Some(3));
+        let (points, scratch) = (points(), tempdir().unwrap());
+        let (stopped, _) = train(&points, &options(), scratch.path(), Some(3));
         assert!(stopped.is_err());
         let other = RunOptions {
             learning_rate: 0.2,
             ..options()
         };
-        let error = train(&points, &other, &scratch.0, None).0.unwrap_err();
+        let error = train(&points, &other, scratch.path(), None).0.unwrap_err();
         assert!(error.to_string().contains("other settings"), "{error}");
     }
 
     #[test]
     fn what_is_not_finite_stops_the_run_and_names_step_lines_and_state() {
-        let (mut points, scratch) = (points(), Scratch::new());
+        let (mut points, scratch) = (points(), tempdir().unwrap());
         points[17].y = f32::NAN;
         let options = RunOptions {
             save_every: Some(1),
             ..options()
         };
-        let (report, weights) = train(&points, &options, &scratch.0, None);
+        let (report, weights) = train(&points, &options, scratch.path(), None);
         let error = report.unwrap_err();
         let TrainError::NotFinite { step, lines, .. } = &error else {
             panic!("{error}");
@@ -615,12 +601,12 @@ mod tests {
 
     #[test]
     fn stop_delta_ends_a_run_that_overshoots() {
-        let (points, scratch) = (points(), Scratch::new());
+        let (points, scratch) = (points(), tempdir().unwrap());
         let options = RunOptions {
             stop_delta: Some(1.0),
             ..options()
         };
-        let report = train(&points, &options, &scratch.0, None).0.unwrap();
+        let report = train(&points, &options, scratch.path(), None).0.unwrap();
         assert_eq!(report.ended, Ended::Delta);
         assert!(
             report.steps < 70 && report.delta.unwrap() > 1.0,
@@ -630,7 +616,7 @@ mod tests {
 
     #[test]
     fn nothing_to_train_on_is_an_error() {
-        let scratch = Scratch::new();
+        let scratch = tempdir().unwrap();
         let mut watch = Watch {
             observer: &mut Unwatched,
             stop: &AtomicBool::new(false),
@@ -640,7 +626,7 @@ mod tests {
             items: &[],
             lines: &[],
             identity: "",
-            directory: &scratch.0,
+            directory: scratch.path(),
             resume: false,
         };
         let report = run(&mut Line::new(), &job, &options(), &mut watch);

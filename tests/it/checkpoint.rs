@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use midpo::checkpoint::{
     BaseTensors, Checkpoint, CheckpointError, GenerationDefaults, HostTensor, Overwrite,
@@ -12,39 +11,30 @@ use midpo::checkpoint::{
 use midpo::dtype::{BlockType, DType};
 use midpo::types::TokenId;
 use proptest::prelude::*;
+use tempfile::TempDir;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
 /// A directory of its own, removed with everything in it.
-pub struct Scratch(pub PathBuf);
+pub struct Scratch(TempDir);
 
 impl Scratch {
     pub fn new() -> Self {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!(
-            "midpo-checkpoint-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
     }
 
     /// With a copy of a fixture's directory inside.
     pub fn of(fixture: &str) -> (Self, PathBuf) {
         let scratch = Self::new();
-        let model = scratch.0.join("model");
+        let model = scratch.path().join("model");
         copy_directory(&fixtures().join(fixture), &model);
         (scratch, model)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -202,7 +192,7 @@ fn experts_of_one_directory_are_found_and_what_is_missing_is_named() {
     ] {
         assert!(error.contains(word), "`{word}` not in: {error}");
     }
-    let nowhere = Sources::model(&base).with_experts(&scratch.0.join("none"));
+    let nowhere = Sources::model(&base).with_experts(&scratch.path().join("none"));
     assert!(
         nowhere
             .unwrap_err()
@@ -431,7 +421,7 @@ fn template_and_special_tokens_come_from_the_first_file_that_has_them() {
 fn pack_then_load_gives_the_same_checkpoint_and_tampering_is_refused() {
     for fixture in ["tiny-routed", "tiny-gqa"] {
         let scratch = Scratch::new();
-        let packed = scratch.0.join("packed");
+        let packed = scratch.path().join("packed");
         let sources = routed(&fixtures().join(fixture));
         pack(&sources, &packed, Overwrite::Never, None).unwrap();
         let original = load(&sources).unwrap();
@@ -450,7 +440,7 @@ fn pack_then_load_gives_the_same_checkpoint_and_tampering_is_refused() {
         // From itself over itself: sources are read before anything is replaced.
         pack(&Sources::model(&packed), &packed, Overwrite::Packed, None).unwrap();
         assert_same(&original, &load(&all).unwrap());
-        let left: Vec<_> = fs::read_dir(&scratch.0).unwrap().collect();
+        let left: Vec<_> = fs::read_dir(scratch.path()).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
         check_tampering(&packed, &all);
     }
@@ -459,7 +449,7 @@ fn pack_then_load_gives_the_same_checkpoint_and_tampering_is_refused() {
 #[test]
 fn pack_in_blocks_holds_the_bytes_that_quantising_at_load_would_make() {
     let scratch = Scratch::new();
-    let gguf = scratch.0.join("base.gguf");
+    let gguf = scratch.path().join("base.gguf");
     let bytes = crate::gguf::routed(candle_core::quantized::GgmlDType::F32).bytes();
     fs::write(&gguf, bytes).unwrap();
     let from_gguf = Sources {
@@ -473,7 +463,7 @@ fn pack_in_blocks_holds_the_bytes_that_quantising_at_load_would_make() {
         let original = load(sources).unwrap();
         for block in [BlockType::Q8_0, BlockType::Q4_1, BlockType::Q4_0] {
             let packed = scratch
-                .0
+                .path()
                 .join(format!("{index}-{}", block.dtype().as_str()));
             pack(sources, &packed, Overwrite::Never, Some(block)).unwrap();
             let all = Sources {
@@ -569,14 +559,14 @@ fn tensors(base: &BaseTensors) -> impl Iterator<Item = (&'static str, &HostTenso
 #[test]
 fn pack_when_the_base_is_a_gguf_file_keeps_it_and_loads_alone() {
     let scratch = Scratch::new();
-    let gguf = scratch.0.join("any name.gguf");
+    let gguf = scratch.path().join("any name.gguf");
     let bytes = crate::gguf::routed(candle_core::quantized::GgmlDType::F32).bytes();
     fs::write(&gguf, &bytes).unwrap();
     let sources = Sources {
         model: gguf,
         ..routed(&fixtures().join("tiny-routed"))
     };
-    let packed = scratch.0.join("packed");
+    let packed = scratch.path().join("packed");
     pack(&sources, &packed, Overwrite::Never, None).unwrap();
     assert_eq!(fs::read(packed.join("model.gguf")).unwrap(), bytes);
     let loaded = load(&Sources::model(&packed)).unwrap();
@@ -599,7 +589,7 @@ fn pack_when_the_base_is_a_gguf_file_keeps_it_and_loads_alone() {
 #[test]
 fn files_beside_a_gguf_file_say_what_its_metadata_leave_open_and_are_packed_with_it() {
     let scratch = Scratch::new();
-    let directory = scratch.0.join("model");
+    let directory = scratch.path().join("model");
     fs::create_dir(&directory).unwrap();
     let mut file = crate::gguf::routed(candle_core::quantized::GgmlDType::F32);
     file.remove("tokenizer.chat_template");
@@ -626,7 +616,7 @@ fn files_beside_a_gguf_file_say_what_its_metadata_leave_open_and_are_packed_with
         let pad = ("pad_token".to_owned(), "<pad>".to_owned());
         assert!(loaded.text.special_tokens.contains(&pad));
     }
-    let packed = scratch.0.join("packed");
+    let packed = scratch.path().join("packed");
     let sources = Sources::model(&directory);
     pack(&sources, &packed, Overwrite::Never, None).unwrap();
     let loaded = load(&Sources::model(&packed)).unwrap();
@@ -646,13 +636,17 @@ fn files_beside_a_gguf_file_say_what_its_metadata_leave_open_and_are_packed_with
 fn a_directory_with_several_gguf_files_is_refused_with_their_names() {
     let scratch = Scratch::new();
     for name in ["b.Q8_0.gguf", "a.Q4_0.gguf", "notes.txt"] {
-        fs::write(scratch.0.join(name), "GGUF").unwrap();
+        fs::write(scratch.path().join(name), "GGUF").unwrap();
     }
-    let error = load(&Sources::model(&scratch.0)).unwrap_err().to_string();
+    let error = load(&Sources::model(scratch.path()))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("a.Q4_0.gguf, b.Q8_0.gguf"), "{error}");
     // With a configuration it is a Hugging Face directory, whatever else lies there.
-    fs::write(scratch.0.join("config.json"), "{}").unwrap();
-    let error = load(&Sources::model(&scratch.0)).unwrap_err().to_string();
+    fs::write(scratch.path().join("config.json"), "{}").unwrap();
+    let error = load(&Sources::model(scratch.path()))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("config.json"), "{error}");
 }
 
@@ -708,7 +702,7 @@ fn check_tampering(packed: &Path, all: &Sources) {
 #[test]
 fn pack_over_a_directory_that_is_no_checkpoint_is_refused() {
     let scratch = Scratch::new();
-    let target = scratch.0.join("precious");
+    let target = scratch.path().join("precious");
     fs::create_dir(&target).unwrap();
     fs::write(target.join("thesis.txt"), "years of work").unwrap();
     let sources = Sources::model(fixtures().join("tiny-routed"));
@@ -716,9 +710,17 @@ fn pack_over_a_directory_that_is_no_checkpoint_is_refused() {
     assert!(matches!(refused, Err(CheckpointError::Exists { .. })));
     assert!(target.join("thesis.txt").is_file());
     // A bad source leaves nothing behind.
-    let target = scratch.0.join("new");
-    assert!(pack(&Sources::model(&scratch.0), &target, Overwrite::Never, None).is_err());
-    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 1);
+    let target = scratch.path().join("new");
+    assert!(
+        pack(
+            &Sources::model(scratch.path()),
+            &target,
+            Overwrite::Never,
+            None
+        )
+        .is_err()
+    );
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1);
 }
 
 #[test]
@@ -878,7 +880,7 @@ impl Scratch {
     /// A fixture with one file replaced; the others are links, which are cheaper than copies.
     fn of_links(directory: &Path, replaced: &str, bytes: &[u8]) -> (Self, PathBuf) {
         let scratch = Self::new();
-        let model = scratch.0.join("model");
+        let model = scratch.path().join("model");
         link_directory(directory, &model);
         let file = model.join(replaced);
         fs::remove_file(&file).unwrap();

@@ -87,18 +87,18 @@ fn a_base_that_torch_wrote_is_the_same_when_it_is_written_again() {
         let checkpoint = load(&Sources::model(&directory)).unwrap();
         let text = write::TextFiles::read(&directory).unwrap();
         let tensors = base_tensors(&checkpoint);
-        write::base(&scratch.0, &checkpoint.config, &tensors, dtype, &text).unwrap();
-        let again = load(&Sources::model(&scratch.0)).unwrap();
+        write::base(scratch.path(), &checkpoint.config, &tensors, dtype, &text).unwrap();
+        let again = load(&Sources::model(scratch.path())).unwrap();
         assert_same(&checkpoint, &again);
         assert_eq!(again.base.embed_tokens.dtype(), dtype);
         if dtype == DType::F32 {
             let file = "model.safetensors";
-            let written = tensors_of(&scratch.0.join(file));
+            let written = tensors_of(&scratch.path().join(file));
             assert!(written == tensors_of(&directory.join(file)));
         }
         // Every key of ours that torch's file has says the same.
         let (ours, theirs) = (
-            json(&scratch.0.join("config.json")),
+            json(&scratch.path().join("config.json")),
             json(&directory.join("config.json")),
         );
         for (key, value) in ours.as_object().unwrap() {
@@ -109,7 +109,7 @@ fn a_base_that_torch_wrote_is_the_same_when_it_is_written_again() {
         }
         for file in ["tokenizer.json", "tokenizer_config.json"] {
             let read = |directory: &Path| fs::read(directory.join(file)).unwrap();
-            assert_eq!(read(&scratch.0), read(&directory), "{file}");
+            assert_eq!(read(scratch.path()), read(&directory), "{file}");
         }
     }
 }
@@ -137,8 +137,8 @@ fn a_configuration_is_the_same_when_it_is_read_again() {
                 eos_token_ids: checkpoint.config.eos_token_ids[ends].to_vec(),
                 ..checkpoint.config.clone()
             };
-            write::base(&scratch.0, &config, &tensors, DType::BF16, &text).unwrap();
-            let again = load(&Sources::model(&scratch.0)).unwrap();
+            write::base(scratch.path(), &config, &tensors, DType::BF16, &text).unwrap();
+            let again = load(&Sources::model(scratch.path())).unwrap();
             assert_eq!(again.config, config);
             assert_eq!(again.text.tokenizer_json, checkpoint.text.tokenizer_json);
             assert_eq!(again.text.chat_template, checkpoint.text.chat_template);
@@ -155,16 +155,16 @@ fn an_expert_that_peft_wrote_is_the_same_when_it_is_written_again() {
         let (scratch, directory) = (Scratch::new(), fixture(name).join("safety"));
         let checkpoint = load_fixture(name);
         let expert = &checkpoint.experts.unwrap().safety;
-        write::expert(&scratch.0, name, expert, DType::F32).unwrap();
-        let again = load_expert(&scratch.0, &checkpoint.config).unwrap();
+        write::expert(scratch.path(), name, expert, DType::F32).unwrap();
+        let again = load_expert(scratch.path(), &checkpoint.config).unwrap();
         assert_eq!((again.rank, again.scale), (expert.rank, expert.scale));
         let file = "adapter_model.safetensors";
         assert!(
-            tensors_of(&scratch.0.join(file)) == tensors_of(&directory.join(file)),
+            tensors_of(&scratch.path().join(file)) == tensors_of(&directory.join(file)),
             "{name}"
         );
         let (ours, theirs) = (
-            json(&scratch.0.join("adapter_config.json")),
+            json(&scratch.path().join("adapter_config.json")),
             json(&directory.join("adapter_config.json")),
         );
         for key in [
@@ -188,8 +188,8 @@ fn an_expert_in_bf16_is_rounded_to_nearest() {
     let scratch = Scratch::new();
     let checkpoint = load_fixture("tiny-routed");
     let expert = &checkpoint.experts.unwrap().helpfulness;
-    write::expert(&scratch.0, "base", expert, DType::BF16).unwrap();
-    let again = load_expert(&scratch.0, &checkpoint.config).unwrap();
+    write::expert(scratch.path(), "base", expert, DType::BF16).unwrap();
+    let again = load_expert(scratch.path(), &checkpoint.config).unwrap();
     for (layer, rounded) in expert.layers.iter().zip(&again.layers) {
         let pairs = [
             (&layer.lora_a, &rounded.lora_a),
@@ -208,11 +208,11 @@ fn a_router_that_torch_wrote_is_the_same_when_it_is_written_again() {
         let checkpoint = load_fixture(name);
         let layers = checkpoint.config.num_layers;
         let tensors = router_tensors(name, layers);
-        write::router(&scratch.0, &tensors).unwrap();
+        write::router(scratch.path(), &tensors).unwrap();
         // candle's reader of pickles, which knows nothing of how ours were made.
-        let pth = router_tensors_of(&scratch.0.join("router.pth"), layers);
+        let pth = router_tensors_of(&scratch.path().join("router.pth"), layers);
         assert!(all_bits(&pth) == all_bits(&tensors), "{name}: router.pth");
-        let flat = tensors_of(&scratch.0.join("router.safetensors"));
+        let flat = tensors_of(&scratch.path().join("router.safetensors"));
         assert_eq!(flat.len(), 12 * layers);
         let flat: Vec<NamedTensor> = flat
             .into_iter()
@@ -233,7 +233,7 @@ fn a_router_that_torch_wrote_is_the_same_when_it_is_written_again() {
             let sources = Sources {
                 safety: Some(fixture(name).join("safety")),
                 helpfulness: Some(fixture(name).join("helpfulness")),
-                router: Some(scratch.0.join(file)),
+                router: Some(scratch.path().join(file)),
                 ..Sources::model(fixture(name))
             };
             assert_same(&checkpoint, &load(&sources).unwrap());
@@ -250,8 +250,16 @@ fn a_score_model_that_torch_wrote_is_the_same_when_it_is_written_again() {
         assert!(score.text.is_none());
         let text = write::TextFiles::read(&fixture("tiny-routed")).unwrap();
         let (config, tensors) = (&score.config, &score.tensors);
-        write::score(&scratch.0, config, tensors, score_type, DType::F32, &text).unwrap();
-        let again = load_score(&scratch.0).unwrap();
+        write::score(
+            scratch.path(),
+            config,
+            tensors,
+            score_type,
+            DType::F32,
+            &text,
+        )
+        .unwrap();
+        let again = load_score(scratch.path()).unwrap();
         assert_eq!(again.config, score.config);
         assert_eq!(again.score_type, score_type);
         assert_eq!(again.normalizer, Normalizer::default());
@@ -262,9 +270,9 @@ fn a_score_model_that_torch_wrote_is_the_same_when_it_is_written_again() {
             let tensors = tensors.map(|(name, dtype, shape, _)| (name, dtype, shape));
             tensors.collect::<Vec<_>>()
         };
-        assert_eq!(outline(&scratch.0), outline(&directory));
+        assert_eq!(outline(scratch.path()), outline(&directory));
         let (ours, theirs) = (
-            json(&scratch.0.join("config.json")),
+            json(&scratch.path().join("config.json")),
             json(&directory.join("config.json")),
         );
         for (key, value) in ours.as_object().unwrap() {
@@ -278,13 +286,13 @@ fn a_normaliser_is_read_and_centres_rewards_only() {
     let (scratch, directory) = (Scratch::new(), fixture("tiny-routed/training/cost"));
     fs::copy(
         directory.join("model.safetensors"),
-        scratch.0.join("model.safetensors"),
+        scratch.path().join("model.safetensors"),
     )
     .unwrap();
     let mut config = json(&directory.join("config.json"));
     config["do_normalize"] = true.into();
-    fs::write(scratch.0.join("config.json"), config.to_string()).unwrap();
-    let read = load_score(&scratch.0).unwrap().normalizer;
+    fs::write(scratch.path().join("config.json"), config.to_string()).unwrap();
+    let read = load_score(scratch.path()).unwrap().normalizer;
     assert!(read.is_on);
     let normalizer = Normalizer {
         mean: 3.0,
@@ -294,8 +302,8 @@ fn a_normaliser_is_read_and_centres_rewards_only() {
     assert_eq!(normalizer.apply(ScoreType::Reward, 7.0), 2.0);
     assert_eq!(normalizer.apply(ScoreType::Cost, 7.0), 3.5);
     config["score_type"] = "price".into();
-    fs::write(scratch.0.join("config.json"), config.to_string()).unwrap();
-    let error = load_score(&scratch.0).unwrap_err().to_string();
+    fs::write(scratch.path().join("config.json"), config.to_string()).unwrap();
+    let error = load_score(scratch.path()).unwrap_err().to_string();
     assert!(
         error.contains("`score_type`") && error.contains("price"),
         "{error}"
@@ -305,8 +313,8 @@ fn a_normaliser_is_read_and_centres_rewards_only() {
 /// What `write` says, and that it left nothing in a directory that was empty.
 fn refused(write: impl FnOnce(&Path) -> Result<(), CheckpointError>) -> String {
     let scratch = Scratch::new();
-    let error = write(&scratch.0).unwrap_err().to_string();
-    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0, "{error}");
+    let error = write(scratch.path()).unwrap_err().to_string();
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "{error}");
     error
 }
 

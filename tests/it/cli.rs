@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 pub fn midpo() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_midpo"));
@@ -31,28 +32,20 @@ fn fixture(path: &str) -> String {
 }
 
 /// A directory of its own, removed at the end.
-pub struct Scratch(PathBuf);
+pub struct Scratch(TempDir);
 
 impl Scratch {
     pub fn new() -> Self {
-        let folder = std::env::temp_dir().join(format!("midpo-cli-{}", uuid::Uuid::new_v4()));
-        std::fs::create_dir_all(&folder).unwrap();
-        Self(folder)
+        Self(tempfile::tempdir().unwrap())
     }
 
     pub fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
+        self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
     pub fn write(&self, name: &str, content: &str) -> String {
-        std::fs::write(self.0.join(name), content).unwrap();
+        std::fs::write(self.0.path().join(name), content).unwrap();
         self.path(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

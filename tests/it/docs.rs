@@ -346,10 +346,10 @@ fn commands_of_the_readme_are_real() {
 fn the_recipe_of_the_readme_loads() {
     let readme = read("README.md");
     let blocks = readme.split("```toml\n# recipe.toml").nth(1).unwrap();
-    let file = std::env::temp_dir().join(format!("midpo-readme-{}.toml", uuid::Uuid::new_v4()));
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("recipe.toml");
     fs::write(&file, format!("#{}", blocks.split("```").next().unwrap())).unwrap();
     let recipe = Recipe::load(&file, &RecipeOverrides::default()).unwrap();
-    fs::remove_file(&file).unwrap();
     let safety: SafetyStage = recipe.stage().unwrap();
     assert_eq!(safety.expert.stop_delta, Some(8.0));
     assert!(safety.data.data.unwrap().ends_with("pairs.jsonl") && safety.cost.cost.is_some());

@@ -9,6 +9,7 @@ use std::process::{Command, Output};
 
 use midpo::train::Scorer;
 use serde_json::Value;
+use tempfile::TempDir;
 
 fn fixture(path: &str) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
@@ -16,11 +17,12 @@ fn fixture(path: &str) -> PathBuf {
 }
 
 /// A directory of its own, removed at the end, with score models that have their tokenizer.
-struct Scratch(PathBuf);
+struct Scratch(TempDir);
 
 impl Scratch {
     fn new() -> Self {
-        let folder = std::env::temp_dir().join(format!("midpo-eval-{}", uuid::Uuid::new_v4()));
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path();
         for kind in ["reward", "cost"] {
             fs::create_dir_all(folder.join(kind)).unwrap();
             let copies = [
@@ -37,17 +39,11 @@ impl Scratch {
                 fs::copy(source, folder.join(kind).join(name)).unwrap();
             }
         }
-        Self(folder)
+        Self(scratch)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        self.0.path().join(name)
     }
 }
 

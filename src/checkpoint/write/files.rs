@@ -138,7 +138,8 @@ mod tests {
 
     #[test]
     fn files_when_one_cannot_be_written_leave_the_directory_as_it_was() {
-        let directory = std::env::temp_dir().join(format!("midpo-files-{}", std::process::id()));
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("new");
         let list = || {
             let names = fs::read_dir(&directory).unwrap();
             let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
@@ -169,6 +170,5 @@ mod tests {
         files.finish().unwrap();
         assert_eq!(list(), ["a"]);
         assert_eq!(fs::read(directory.join("a")).unwrap(), b"new");
-        fs::remove_dir_all(&directory).unwrap();
     }
 }

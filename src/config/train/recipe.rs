@@ -359,13 +359,13 @@ mod tests {
 
     /// What `get` makes of a recipe of this text.
     fn with<T>(toml: &str, get: impl FnOnce(Result<Recipe, ConfigError>, &Path) -> T) -> T {
-        let directory = std::env::temp_dir().join(format!("midpo-recipe-{}", uuid::Uuid::new_v4()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let file = directory.join("recipe.toml");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("recipe.toml");
         std::fs::write(&file, toml).unwrap();
-        let got = get(Recipe::load(&file, &RecipeOverrides::default()), &directory);
-        std::fs::remove_dir_all(directory).unwrap();
-        got
+        get(
+            Recipe::load(&file, &RecipeOverrides::default()),
+            directory.path(),
+        )
     }
 
     #[test]

@@ -84,11 +84,10 @@ mod tests {
         "is_response_1_safe": true, "better_response_id": 0, "safer_response_id": 1, "kind": "k"}"#;
 
     fn with<T>(text: &str, get: impl FnOnce(&Path) -> T) -> T {
-        let file = std::env::temp_dir().join(format!("midpo-pairs-{}.jsonl", uuid::Uuid::new_v4()));
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("pairs.jsonl");
         std::fs::write(&file, text).unwrap();
-        let got = get(&file);
-        std::fs::remove_file(file).unwrap();
-        got
+        get(&file)
     }
 
     fn one_line(text: &str) -> String {

@@ -217,7 +217,7 @@ fn scores_and_the_losses_that_train_them_are_the_goldens() {
 fn five_steps<O: Objective<Item = Pair>>(part: &str, objective: &mut O) {
     let adamw = &golden()[part]["adamw"];
     let items = pairs(part);
-    let directory = std::env::temp_dir().join(format!("midpo-adamw-{part}-{}", std::process::id()));
+    let directory = tempfile::tempdir().unwrap();
     let options = RunOptions {
         length: Length::Steps(5),
         batch_size: items.len(),
@@ -242,7 +242,7 @@ fn five_steps<O: Objective<Item = Pair>>(part: &str, objective: &mut O) {
         items: &items,
         lines: &lines,
         identity: part,
-        directory: &directory,
+        directory: directory.path(),
         resume: false,
     };
     let mut watch = Watch {
@@ -250,8 +250,7 @@ fn five_steps<O: Objective<Item = Pair>>(part: &str, objective: &mut O) {
         stop: &AtomicBool::new(false),
     };
     run(objective, &job, &options, &mut watch).unwrap();
-    let metrics = std::fs::read_to_string(directory.join(METRICS)).unwrap();
-    std::fs::remove_dir_all(&directory).unwrap();
+    let metrics = std::fs::read_to_string(directory.path().join(METRICS)).unwrap();
     let records = metrics
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());

@@ -12,29 +12,25 @@ use midpo::train::stage::{self, AllOptions, How};
 use midpo::train::{METRICS, Observer, Record, Scorer, TrainError, Watch};
 use midpo::types::{TokenId, Variant};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use super::fixture::fixture;
 use super::parity::served;
 
 /// A directory of its own, gone with the value.
-struct Scratch(PathBuf);
+struct Scratch(TempDir);
 
 impl Scratch {
     fn new() -> Self {
-        let name = format!("midpo-pipeline-{}", uuid::Uuid::new_v4());
-        let directory = std::env::temp_dir().join(name);
-        fs::create_dir_all(&directory).unwrap();
-        Self(directory)
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
     }
 
     fn write(&self, name: &str, text: &str) {
-        fs::write(self.0.join(name), text).unwrap();
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        fs::write(self.path(name), text).unwrap();
     }
 }
 
@@ -188,7 +184,7 @@ fn toy() -> Scratch {
     }
     config["tie_word_embeddings"] = true.into();
     scratch.write("config.json", &config.to_string());
-    fs::create_dir(scratch.0.join("tokenizer")).unwrap();
+    fs::create_dir(scratch.path("tokenizer")).unwrap();
     let tokenizer = fs::read_to_string(fixture("tiny-routed/tokenizer.json")).unwrap();
     scratch.write("tokenizer/tokenizer.json", &tokenizer);
     let special = json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE});
@@ -210,7 +206,7 @@ fn toy() -> Scratch {
 }
 
 fn run_all(scratch: &Scratch) -> Result<Notes, TrainError> {
-    let recipe = Recipe::load(&scratch.0.join("recipe.toml"), &RecipeOverrides::default())?;
+    let recipe = Recipe::load(&scratch.path("recipe.toml"), &RecipeOverrides::default())?;
     let mut notes = Notes::default();
     let mut watch = Watch {
         observer: &mut notes,
@@ -246,7 +242,7 @@ fn pair_accuracy(directory: &Path, winner: &str, sign: f32) -> f32 {
 #[test]
 fn a_recipe_makes_a_directory_that_serves_and_runs_only_what_is_not_current() {
     let scratch = toy();
-    let out = scratch.0.join("out");
+    let out = scratch.path("out");
     let notes = run_all(&scratch).unwrap();
     for stage in [
         "sft",
@@ -380,10 +376,10 @@ impl Observer for StopAt<'_> {
 #[test]
 fn an_interrupted_stage_goes_on_to_the_same_file() {
     let scratch = toy();
-    let recipe = Recipe::load(&scratch.0.join("recipe.toml"), &RecipeOverrides::default()).unwrap();
+    let recipe = Recipe::load(&scratch.path("recipe.toml"), &RecipeOverrides::default()).unwrap();
     let train = |output: &str, resume: bool, stop_at: usize| {
         let mut options: SftStage = recipe.stage().unwrap();
-        options.output.output = Some(scratch.0.join(output));
+        options.output.output = Some(scratch.path(output));
         options.training.epochs = 1;
         let stop = AtomicBool::new(false);
         let mut watch = Watch {
@@ -396,7 +392,7 @@ fn an_interrupted_stage_goes_on_to_the_same_file() {
         };
         stage::sft(&options, how, &mut watch)
     };
-    let weights = |output: &str| fs::read(scratch.0.join(output).join("model.safetensors"));
+    let weights = |output: &str| fs::read(scratch.path(output).join("model.safetensors"));
     train("whole", false, usize::MAX).unwrap();
     let error = train("halves", false, 3).unwrap_err();
     assert!(
@@ -415,7 +411,7 @@ fn an_interrupted_stage_goes_on_to_the_same_file() {
 #[test]
 fn a_stage_says_what_it_lacks_and_does_not_write_over_what_is_there() {
     let scratch = toy();
-    let recipe = Recipe::load(&scratch.0.join("recipe.toml"), &RecipeOverrides::default()).unwrap();
+    let recipe = Recipe::load(&scratch.path("recipe.toml"), &RecipeOverrides::default()).unwrap();
     let run = |options: &SafetyStage| {
         let mut notes = Notes::default();
         let mut watch = Watch {
