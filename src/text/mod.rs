@@ -4,6 +4,7 @@ mod byte_pairs;
 mod decoder;
 mod detokenize;
 mod error;
+mod jinja;
 mod special;
 mod stop;
 mod stream;
