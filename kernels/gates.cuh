@@ -2,10 +2,13 @@
 #pragma once
 #include "common.cuh"
 
-// min(max(sigmoid(logit + bias), floor), ceiling); a bias of -inf gives 0 and +inf gives 1.
+// min(max(sigmoid(logit + bias), floor), ceiling); a bias of -inf gives 0 and +inf gives 1; a sigmoid below GATE_LEAST is 0, as
+// GateRule::LEAST says.
+constexpr float GATE_LEAST = 1e-20f;
+
 __device__ __forceinline__ float gate_of(float logit, const float (&rule)[3]) {
     const float gate = 1.f / (1.f + expf(-(logit + rule[0])));
-    return fminf(fmaxf(gate, rule[1]), rule[2]);
+    return fminf(fmaxf(gate < GATE_LEAST ? 0.f : gate, rule[1]), rule[2]);
 }
 
 // The rule of one of a token's gates (0 safety, 1 helpfulness); rules (sequences, 6): bias, floor, ceiling of each.

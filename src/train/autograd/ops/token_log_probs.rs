@@ -56,6 +56,8 @@ impl TokenLogProbs {
         slopes: &[f32],
         dhead: Option<&mut [f32]>,
     ) -> Vec<f32> {
+        // A pair that is told apart for good moves nothing, and its slope times a probability would be subnormal.
+        const SLOPE_LEAST: f32 = 1e-16;
         let vocabulary = (head.len() / d.max(1)).max(1);
         let mut dlogits = self.softmax;
         // d log p(target) / d logits = onehot - softmax.
@@ -64,6 +66,11 @@ impl TokenLogProbs {
             .zip(self.targets)
             .zip(slopes)
         {
+            let slope = if slope.abs() < SLOPE_LEAST {
+                0.0
+            } else {
+                *slope
+            };
             simd(
                 #[inline(always)]
                 || scale(row, -slope),
