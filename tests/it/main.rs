@@ -3,7 +3,6 @@
 mod architecture;
 mod bench;
 mod checkpoint;
-mod checkpoint_write;
 mod cli;
 mod cuda;
 mod demo;

@@ -4,8 +4,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod allocations;
+mod books;
 mod engine;
+mod faults;
 pub(crate) mod fragile;
+mod gates;
 mod rig;
 
 use std::collections::HashMap;

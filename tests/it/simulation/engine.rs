@@ -4,27 +4,26 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use midpo::config::{EngineConfig, Speculation};
-use midpo::engine::{Engine, EngineState, GateDetail, Submission, SubmitError};
-use midpo::metrics::{Gate, Label, Metrics, Refusal};
+use midpo::engine::{Engine, Submission, SubmitError};
+use midpo::metrics::{Metrics, Refusal};
 use midpo::types::{FinishReason, GateRule, TokenId, Variant};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::fragile::{Faults, Fragile};
 use super::rig::{
-    Answer, End, Rig, checkpoint, cpu, fixture, greedy, ids, logprob_bits, model, random, roomy,
+    Answer, End, Rig, checkpoint, cpu, fixture, greedy, ids, logprob_bits, random, roomy,
 };
 use super::{Random, speculations};
 
 /// A prompt of the golden files, with each variant's greedy continuation.
-struct Golden {
-    name: String,
-    prompt: Vec<u32>,
+pub(super) struct Golden {
+    pub(super) name: String,
+    pub(super) prompt: Vec<u32>,
     greedy: Vec<(Variant, Vec<u32>)>,
 }
 
-fn goldens(model: &str) -> Vec<Golden> {
+pub(super) fn goldens(model: &str) -> Vec<Golden> {
     let dir = fixture(model).join("golden");
     let manifest: Value =
         serde_json::from_slice(&std::fs::read(dir.join("manifest.json")).unwrap()).unwrap();
@@ -74,12 +73,12 @@ fn greedy_answers_are_the_goldens_when_all_run_together() {
 }
 
 /// A request worth repeating: a prompt of several blocks, drawn tokens, log-probabilities and gates.
-fn probe() -> Submission {
+pub(super) fn probe() -> Submission {
     random(&ids(1, 70), Variant::Routed, 24, 42)
 }
 
 /// Sixteen others, of all variants and lengths; some share the probe's first blocks.
-fn others() -> Vec<Submission> {
+pub(super) fn others() -> Vec<Submission> {
     (0..16)
         .map(|i| {
             let stem = if i % 4 == 0 { 1 } else { i };
@@ -404,113 +403,6 @@ fn prompt_logprobs_are_the_goldens() {
     }
 }
 
-/// The gates of a golden prompt: alpha and beta, each (layers, tokens).
-fn golden_gates(tensors: &SafeTensors<'_>, name: &str) -> [Vec<f32>; 2] {
-    ["alpha", "beta"].map(|gate| {
-        let tensor = tensors.tensor(&format!("{name}.{gate}")).unwrap();
-        let numbers = tensor.data().chunks_exact(4);
-        numbers
-            .map(|x| f32::from_le_bytes(x.try_into().unwrap()))
-            .collect()
-    })
-}
-
-#[test]
-fn gates_of_prompts_are_the_goldens_in_any_chunks_and_behind_any_cache() {
-    let bytes = std::fs::read(fixture("tiny-routed").join("golden/inference_f32.safetensors"));
-    let bytes = bytes.unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    for batch_tokens_max in [512, 7] {
-        let config = EngineConfig {
-            batch_tokens_max,
-            ..roomy()
-        };
-        let mut rig = Rig::new("tiny-routed", &config);
-        for golden in goldens("tiny-routed") {
-            let mut submission = greedy(&golden.prompt, Variant::Routed, 3);
-            (submission.prompt_gates, submission.choices) = (true, 2);
-            // The second time the prompt is in the cache, which knows no gates.
-            let first = rig.answer(&submission);
-            let second = rig.answer(&submission);
-            assert_eq!(second.cached_tokens, Some(0));
-            assert_eq!(first.prompt_gates, second.prompt_gates);
-            let found = first.prompt_gates.unwrap();
-            // What the first token was chosen by is the end of the prompt.
-            assert_eq!(first.choices[1].tokens[0].gates.as_ref(), Some(&found.last));
-            let tokens = golden.prompt.len();
-            let [alpha, beta] = golden_gates(&tensors, &golden.name);
-            for (last, mean, want) in [
-                (&found.last.safety, &found.mean.safety, alpha),
-                (&found.last.helpfulness, &found.mean.helpfulness, beta),
-            ] {
-                assert_eq!((last.len(), mean.len(), want.len()), (3, 3, 3 * tokens));
-                for (layer, want) in want.chunks_exact(tokens).enumerate() {
-                    let sum: f32 = want.iter().sum();
-                    // The fixtures' README: 2e-6 measured.
-                    assert!((last[layer] - want[tokens - 1]).abs() < 2e-5, "{layer}");
-                    assert!((mean[layer] - sum / tokens as f32).abs() < 2e-5, "{layer}");
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn gates_of_a_prompt_are_told_once_where_asked_also_after_preemption() {
-    let mut asked = probe();
-    asked.prompt_gates = true;
-    let want = Rig::new("tiny-routed", &roomy()).answer(&asked);
-    assert!(want.prompt_gates.is_some());
-    let unasked = Rig::new("tiny-routed", &roomy()).answer(&probe());
-    assert_eq!(unasked.prompt_gates, None);
-    assert_eq!(unasked.only().bits(), want.only().bits());
-    let config = EngineConfig {
-        kv_blocks: 11,
-        batch_tokens_max: 24,
-        ..roomy()
-    };
-    let mut rig = Rig::new("tiny-routed", &config);
-    let mut submissions = vec![
-        random(&ids(5, 20), Variant::Safety, 60, 1),
-        random(&ids(6, 20), Variant::Both, 60, 2),
-    ];
-    submissions.push(asked);
-    let answers = rig.answers(&submissions);
-    assert!(rig.metrics.preemptions.get() > 0);
-    assert_eq!(answers[2].prompt_gates, want.prompt_gates);
-}
-
-#[test]
-fn gates_are_told_as_asked_and_measured() {
-    let mut rig = Rig::new("tiny-routed", &roomy());
-    let mut submission = greedy(&ids(4, 9), Variant::Safety, 6);
-    let layers = rig.answer(&submission);
-    let gates = layers.only().tokens[0].gates.as_ref().unwrap();
-    assert_eq!(
-        (&gates.safety, &gates.helpfulness),
-        (&vec![1.0; 3], &vec![0.0; 3])
-    );
-    submission.gate_detail = GateDetail::Mean;
-    let gates = rig.answer(&submission).only().tokens[5]
-        .gates
-        .clone()
-        .unwrap();
-    assert_eq!((gates.safety, gates.helpfulness), (vec![1.0], vec![0.0]));
-    submission.gate_detail = GateDetail::None;
-    let answer = rig.answer(&submission);
-    assert!(
-        answer
-            .only()
-            .tokens
-            .iter()
-            .all(|token| token.gates.is_none())
-    );
-    let safety = rig.metrics.gates.of(Gate::Safety).of(Variant::Safety);
-    assert_eq!((safety.count(), safety.sum()), (18, 18.0));
-    let helpfulness = rig.metrics.gates.of(Gate::Helpfulness).of(Variant::Safety);
-    assert_eq!((helpfulness.count(), helpfulness.sum()), (18, 0.0));
-}
-
 #[test]
 fn a_broken_row_fails_its_own_sequence_only() {
     let mut rig = Rig::new("tiny-routed", &roomy());
@@ -621,7 +513,7 @@ fn a_model_without_experts_serves_its_base_only() {
 }
 
 /// [`roomy`], with guesses from the shortest runs: many, and many of them wrong.
-fn guessing() -> EngineConfig {
+pub(super) fn guessing() -> EngineConfig {
     EngineConfig {
         speculation: Speculation {
             speculative_tokens: 3,
@@ -767,236 +659,4 @@ fn only_tokens_that_were_generated_are_found_in_the_prefix_cache() {
     // 3 + 89 positions were computed: five blocks.
     assert_eq!(found.cached_tokens, Some(80));
     assert!(found.only().bits() == fresh.only().bits());
-}
-
-#[test]
-fn metrics_add_up_after_random_work() {
-    for config in [roomy(), guessing()] {
-        check_random_work(&config);
-    }
-}
-
-fn check_random_work(config: &EngineConfig) {
-    let config = EngineConfig {
-        kv_blocks: 14,
-        batch_tokens_max: 40,
-        sequences_max: 6,
-        ..config.clone()
-    };
-    let mut rig = Rig::new("tiny-routed", &config);
-    let mut random_numbers = Random(11);
-    let mut open = Vec::new();
-    let (mut requests, mut dropped, mut answers) = (0u64, 0, Vec::new());
-    for _ in 0..160 {
-        if requests < 90 && open.len() < 12 {
-            let n = random_numbers.below(1000) as u32;
-            let prompt = ids(n % 5, 1 + random_numbers.below(90));
-            let variant = Variant::ALL[n as usize % 5];
-            let mut submission = random(&prompt, variant, n % 30, u64::from(n));
-            submission.choices = 1 + n % 2;
-            open.push(rig.submit(&submission));
-            requests += 1;
-        }
-        rig.engine.step().unwrap();
-        rig.engine.scheduler().assert_invariants();
-        if random_numbers.one_in(6) && !open.is_empty() {
-            drop(open.remove(random_numbers.below(open.len())));
-            dropped += 1;
-        }
-        if open.len() >= 12 {
-            rig.run();
-            answers.extend(open.drain(..).map(|mut stream| Answer::read(&mut stream)));
-        }
-    }
-    rig.run();
-    answers.extend(open.drain(..).map(|mut stream| Answer::read(&mut stream)));
-    check_sums(&rig.metrics, requests, dropped, &answers);
-    let metrics = &rig.metrics;
-    let drafts = metrics.spec_decode_drafts.get();
-    let drafted = metrics.spec_decode_draft_tokens.get();
-    let most = config.speculation.speculative_tokens as u64;
-    assert_eq!(drafts > 0, most > 0);
-    assert!((drafts..=most * drafts).contains(&drafted));
-    assert!(metrics.spec_decode_accepted_tokens.get() <= drafted);
-    assert_eq!(rig.held(), 0);
-}
-
-fn check_sums(metrics: &Metrics, requests: u64, dropped: u64, answers: &[Answer]) {
-    let sum = |counters: &mut dyn Iterator<Item = u64>| counters.sum::<u64>();
-    let taken = sum(&mut metrics.requests.iter().map(|c| c.get()));
-    let finished = metrics.requests_finished.iter().flat_map(|by| by.iter());
-    assert_eq!(taken, requests);
-    assert_eq!(sum(&mut finished.map(|c| c.get())), requests);
-    let cancelled = Variant::ALL.map(|variant| {
-        let finished = metrics.requests_finished.of(variant);
-        finished.of(FinishReason::Cancelled).get()
-    });
-    assert_eq!(cancelled.iter().sum::<u64>(), metrics.cancellations.get());
-    // Some clients left when all was said already.
-    assert!((1..=dropped).contains(&metrics.cancellations.get()));
-    assert_eq!(answers.len() as u64 + dropped, requests);
-    for choice in answers.iter().flat_map(|answer| &answer.choices) {
-        assert!(matches!(choice.end, Some(End::Finished(_))), "{choice:?}");
-    }
-    // Of those whose client stayed; the others' tokens are counted too, but nobody read them.
-    let with_token = answers.iter().filter(|answer| {
-        answer
-            .choices
-            .iter()
-            .any(|choice| !choice.tokens.is_empty())
-    });
-    let first_tokens = metrics.time_to_first_token.count();
-    let least = with_token.count() as u64;
-    assert!((least..=least + dropped).contains(&first_tokens));
-    let generated = sum(&mut metrics.generated_tokens.iter().map(|c| c.get()));
-    let read = answers.iter().flat_map(|answer| &answer.choices);
-    assert!(generated >= read.map(|choice| choice.tokens.len() as u64).sum());
-    assert_eq!(metrics.request_duration.count(), requests);
-    assert_eq!(metrics.sequences_running.get(), 0);
-    assert_eq!(metrics.sequences_waiting.get(), 0);
-    assert_eq!(metrics.kv_cache_usage.get(), 0.0);
-    for gate in Gate::ALL {
-        let observed = metrics.gates.of(*gate).iter().map(|h| h.count());
-        assert_eq!(observed.sum::<u64>(), generated);
-    }
-}
-
-fn fragile(config: &EngineConfig) -> (Rig<Fragile>, Faults) {
-    let faults = Faults::default();
-    let backend = Fragile {
-        inner: cpu(),
-        faults: faults.clone(),
-    };
-    (Rig::over(backend, "tiny-routed", config), faults)
-}
-
-#[test]
-fn a_failed_step_ends_its_sequences_and_the_engine_goes_on() {
-    let (mut rig, faults) = fragile(&roomy());
-    let mut streams: Vec<_> = others()[..4].iter().map(|one| rig.submit(one)).collect();
-    rig.engine.step().unwrap();
-    faults.fail(1);
-    rig.run();
-    for stream in &mut streams {
-        let answer = Answer::read(stream);
-        assert!(matches!(answer.choices[0].end, Some(End::Failed(_))));
-    }
-    assert_eq!(rig.held(), 0);
-    assert_eq!(rig.metrics.step_failures.get(), 1);
-    // Nothing that the failed step left behind is found by others.
-    let alone = Rig::new("tiny-routed", &roomy()).answer(&probe());
-    assert_eq!(rig.answer(&probe()).only().bits(), alone.only().bits());
-}
-
-#[test]
-fn choices_fail_together_when_their_prompt_cannot_be_computed() {
-    let (mut rig, faults) = fragile(&roomy());
-    let mut submission = probe();
-    (submission.choices, submission.prompt_logprobs) = (3, Some(1));
-    let mut stream = rig.submit(&submission);
-    faults.fail(1);
-    rig.run();
-    let answer = Answer::read(&mut stream);
-    assert_eq!(answer.choices.len(), 3);
-    let failed = |end: &Option<End>| matches!(end, Some(End::Failed(_)));
-    assert!(answer.choices.iter().all(|choice| failed(&choice.end)));
-}
-
-#[test]
-fn an_engine_whose_device_keeps_failing_dies() {
-    let (rig, faults) = fragile(&roomy());
-    faults.fail(1000);
-    let submissions = [
-        others()[0].clone(),
-        others()[1].clone(),
-        others()[2].clone(),
-    ];
-    let Rig { handle, engine, .. } = rig;
-    let thread = std::thread::spawn(|| engine.run());
-    for submission in submissions {
-        let Ok(mut stream) = handle.submit(submission) else {
-            continue;
-        };
-        let mut answer = Answer::read(&mut stream);
-        while let Some(event) = stream.next_blocking() {
-            answer.push(event);
-        }
-        assert!(matches!(answer.choices[0].end, Some(End::Failed(_))));
-    }
-    assert_eq!(thread.join().unwrap(), EngineState::Dead);
-    assert_eq!(handle.state(), EngineState::Dead);
-}
-
-#[test]
-fn a_panic_tells_every_open_request_and_ends_in_death() {
-    let (mut rig, faults) = fragile(&roomy());
-    let mut running = random(&ids(1, 20), Variant::Routed, 50, 1);
-    running.choices = 2;
-    let mut streams = vec![rig.submit(&running)];
-    for _ in 0..4 {
-        rig.engine.step().unwrap();
-    }
-    // One that runs, one that has not come in yet.
-    streams.push(rig.submit(&probe()));
-    faults.panic();
-    let Rig {
-        handle,
-        engine,
-        metrics,
-    } = rig;
-    let state = std::thread::spawn(|| engine.run()).join().unwrap();
-    assert_eq!(state, EngineState::Dead);
-    assert_eq!(handle.state(), EngineState::Dead);
-    assert_eq!(handle.submit(probe()).err(), Some(SubmitError::EngineGone));
-    for (stream, choices) in streams.iter_mut().zip([2, 1]) {
-        let mut answer = Answer::read(stream);
-        assert!(stream.next_blocking().is_none(), "the stream is closed");
-        assert_eq!(answer.choices.len(), choices);
-        for choice in answer.choices.drain(..) {
-            assert!(matches!(choice.end, Some(End::Failed(_))), "{choice:?}");
-        }
-    }
-    assert_eq!(metrics.sequences_running.get(), 0);
-    assert_eq!(handle.waiting(), 0);
-}
-
-#[test]
-fn a_draining_engine_finishes_what_it_has_and_stops() {
-    let config = roomy();
-    let metrics = std::sync::Arc::new(Metrics::new("m"));
-    let model = model(cpu(), "tiny-routed", &config);
-    let (handle, thread) = Engine::spawn(model, &config, metrics).unwrap();
-    assert_eq!(handle.state(), EngineState::Running);
-    let streams: Vec<_> = others()
-        .into_iter()
-        .map(|one| (one.sampling.max_tokens, handle.submit(one).unwrap()))
-        .collect();
-    handle.drain();
-    assert_eq!(handle.submit(probe()).err(), Some(SubmitError::Draining));
-    for (max_tokens, mut stream) in streams {
-        let mut answer = Answer::read(&mut stream);
-        while let Some(event) = stream.next_blocking() {
-            answer.push(event);
-        }
-        assert_eq!(answer.only().tokens.len(), max_tokens as usize);
-    }
-    assert_eq!(thread.join(), EngineState::Stopped);
-    assert_eq!(handle.health().stalled, None);
-    assert_eq!(handle.submit(probe()).err(), Some(SubmitError::Draining));
-}
-
-#[test]
-fn an_engine_without_handles_stops() {
-    let config = roomy();
-    let metrics = std::sync::Arc::new(Metrics::new("m"));
-    let model = model(cpu(), "tiny-routed", &config);
-    let (handle, thread) = Engine::spawn(model, &config, metrics).unwrap();
-    let mut stream = handle.submit(probe()).unwrap();
-    drop(handle);
-    let mut tokens = 0;
-    while let Some(event) = stream.next_blocking() {
-        tokens += usize::from(matches!(event, midpo::engine::Event::Token { .. }));
-    }
-    assert_eq!(tokens, 24);
-    assert_eq!(thread.join(), EngineState::Stopped);
 }
