@@ -9,6 +9,7 @@ use clap::{ArgMatches, Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::CliError;
+use crate::backend::cpu;
 use crate::config::train::{
     AllFlags, CostStage, DpoStage, DualStage, HelpfulnessStage, Recipe, RecipeOverrides,
     RewardStage, RouterStage, RunFlags, SafetyStage, SftStage, StageOptions,
@@ -95,6 +96,8 @@ pub(super) fn run_all(flags: &AllFlags) -> Result<(), CliError> {
 
 /// With progress on the terminal, until a signal.
 fn watched(train: impl FnOnce(&mut Watch<'_>) -> Result<(), CliError>) -> Result<(), CliError> {
+    // A step takes and frees the same tens of megabytes as the one before it.
+    cpu::keep_heap();
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signals(&stop)?;
     let mut progress = Progress::default();

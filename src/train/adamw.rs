@@ -1,6 +1,8 @@
 //! AdamW (Loshchilov, Hutter 2019) with decoupled weight decay, in torch's order of operations, and the clipping of gradients.
 
+use super::TrainError;
 use super::objective::Parameter;
+use super::workers::Workers;
 
 /// Constants of the optimiser.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,22 +50,27 @@ impl Moments {
 
     /// One step: `step` is how many came before, `gradients` are multiplied by `factor` (clipping) on the way.
     /// `values`, `gradients` and `parameters` are in one order and of equal lengths.
+    ///
+    /// # Errors
+    /// As [`Workers::map`].
     pub fn update(
         &mut self,
         values: &mut [Vec<f32>],
         gradients: &[Vec<f32>],
         parameters: &[Parameter],
-        step: usize,
-        rate: Rate,
+        (step, rate): (usize, Rate),
         options: &AdamWOptions,
-    ) {
+        workers: &Workers,
+    ) -> Result<(), TrainError> {
         let (beta1, beta2) = options.betas;
         let power = i32::try_from(step + 1).unwrap_or(i32::MAX);
-        let step_size = rate.learning_rate / (1.0 - beta1.powi(power));
-        let root = (1.0 - beta2.powi(power)).sqrt();
+        let step_size = (rate.learning_rate / (1.0 - beta1.powi(power))) as f32;
+        let root = (1.0 - beta2.powi(power)).sqrt() as f32;
+        let (clip, epsilon) = (rate.clip as f32, options.epsilon as f32);
         let tensors = values.iter_mut().zip(gradients).zip(parameters);
         let moments = self.mean.iter_mut().zip(&mut self.square);
-        for (((values, gradients), parameter), (means, squares)) in tensors.zip(moments) {
+        workers.map(tensors.zip(moments), |task| {
+            let (((values, gradients), parameter), (means, squares)) = task;
             let decay = if parameter.decay {
                 options.weight_decay
             } else {
@@ -71,14 +78,23 @@ impl Moments {
             };
             let keep = (1.0 - rate.learning_rate * decay) as f32;
             let numbers = values.iter_mut().zip(gradients);
-            for ((value, gradient), (mean, square)) in numbers.zip(means.iter_mut().zip(squares)) {
-                let gradient = gradient * rate.clip as f32;
-                *mean += (gradient - *mean) * (1.0 - beta1) as f32;
-                *square = *square * beta2 as f32 + gradient * gradient * (1.0 - beta2) as f32;
-                let scale = square.sqrt() / root as f32 + options.epsilon as f32;
-                *value = *value * keep - step_size as f32 * *mean / scale;
-            }
-        }
+            let moments = means.iter_mut().zip(squares);
+            pulp::Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    for ((value, gradient), (mean, square)) in numbers.zip(moments) {
+                        let gradient = gradient * clip;
+                        *mean += (gradient - *mean) * (1.0 - beta1) as f32;
+                        *square =
+                            *square * beta2 as f32 + gradient * gradient * (1.0 - beta2) as f32;
+                        let scale = square.sqrt() / root + epsilon;
+                        *value = *value * keep - step_size * *mean / scale;
+                    }
+                },
+            );
+            Ok(())
+        })?;
+        Ok(())
     }
 }
 
@@ -91,12 +107,22 @@ pub struct Rate {
     pub clip: f64,
 }
 
-/// Euclidean norm over all gradients; NaN or infinite where one of them is.
-pub fn norm(gradients: &[Vec<f32>]) -> f64 {
-    let squares = gradients
-        .iter()
-        .map(|tensor| tensor.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>());
-    squares.sum::<f64>().sqrt()
+/// Sum of squares, in lanes; NaN or infinite where one of the values is. The root of all gradients' is their norm.
+pub fn square_sum(values: &[f32]) -> f64 {
+    let mut lanes = [0f64; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for chunk in chunks {
+                for (lane, value) in lanes.iter_mut().zip(chunk) {
+                    *lane += f64::from(*value) * f64::from(*value);
+                }
+            }
+        },
+    );
+    let rest = rest.iter().map(|x| f64::from(*x).powi(2));
+    lanes.into_iter().chain(rest).sum()
 }
 
 /// What brings a norm down to `limit`, as torch's `clip_grad_norm_` does; 1 where it is below, or where there is no limit.
@@ -106,6 +132,8 @@ pub fn clip_factor(norm: f64, limit: Option<f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     fn parameters(decay: bool) -> Vec<Parameter> {
@@ -124,7 +152,7 @@ mod tests {
             ..AdamWOptions::default()
         };
         let parameters = parameters(true);
-        let mut moments = Moments::new(&parameters);
+        let (mut moments, workers) = (Moments::new(&parameters), Workers::new(2));
         let mut values = vec![vec![1.0, -2.0]];
         let rate = Rate {
             learning_rate: 0.1,
@@ -132,7 +160,10 @@ mod tests {
         };
         for (step, gradient) in [[0.5, -1.0], [0.25, 3.0]].into_iter().enumerate() {
             let gradients = vec![gradient.to_vec()];
-            moments.update(&mut values, &gradients, &parameters, step, rate, &options);
+            let at = (step, rate);
+            moments
+                .update(&mut values, &gradients, &parameters, at, &options, &workers)
+                .unwrap();
         }
         let by_hand = |start: f64, first: f64, second: f64| {
             let after_one = start * 0.95 - 0.1 * first.signum();
@@ -162,19 +193,28 @@ mod tests {
             let parameters = parameters(decay);
             let mut values = vec![vec![1.0, 1.0]];
             let gradients = vec![vec![0.0, 0.0]];
-            let mut moments = Moments::new(&parameters);
-            moments.update(&mut values, &gradients, &parameters, 0, rate, &options);
+            let (mut moments, workers) = (Moments::new(&parameters), Workers::new(2));
+            moments
+                .update(
+                    &mut values,
+                    &gradients,
+                    &parameters,
+                    (0, rate),
+                    &options,
+                    &workers,
+                )
+                .unwrap();
             assert_eq!(values[0], [want, want]);
         }
     }
 
     #[test]
     fn clipping_brings_the_norm_to_its_limit_and_leaves_smaller_ones() {
-        let gradients = vec![vec![3.0], vec![4.0]];
-        assert_eq!(norm(&gradients), 5.0);
+        assert_eq!(square_sum(&[3.0, 4.0]), 25.0);
+        assert_eq!(square_sum(&[2.0; 37]), 148.0);
         assert!((clip_factor(5.0, Some(1.0)) * 5.0 - 1.0).abs() < 1e-6);
         assert_eq!(clip_factor(0.5, Some(1.0)), 1.0);
         assert_eq!(clip_factor(5.0, None), 1.0);
-        assert!(norm(&[vec![f32::NAN]]).is_nan());
+        assert!(square_sum(&[f32::NAN]).is_nan());
     }
 }

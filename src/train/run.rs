@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::adamw::{Moments, Rate, clip_factor, norm};
+use super::adamw::{Moments, Rate, clip_factor, square_sum};
 use super::batches::{Batches, parts};
 use super::job::{CURVES, Ended, Job, Length, METRICS, Report, RunOptions, STATE, Watch};
 use super::objective::{Gradients, Objective, Totals};
@@ -172,12 +172,11 @@ impl<'a, O: Objective> Run<'a, O> {
         let parts = parts(&batch, self.options.part_size, length);
         let objective: &O = self.objective;
         let activations = self.options.activations;
-        let of_parts = self.workers.map(&parts, |part| {
+        let of_parts = self.workers.map(parts, |part| {
             let part: Vec<&O::Item> = part.iter().filter_map(|item| items.get(*item)).collect();
             objective.gradients(&part, totals, activations)
         })?;
-        let gradients = sum(of_parts);
-        let norm = norm(&gradients.values);
+        let (gradients, norm) = sum(of_parts, &self.workers)?;
         if !gradients.loss.is_finite() || !norm.is_finite() {
             return Err(self.not_finite(&batch, gradients.loss, norm));
         }
@@ -196,10 +195,10 @@ impl<'a, O: Objective> Run<'a, O> {
             values,
             &gradients.values,
             parameters,
-            step,
-            rate,
+            (step, rate),
             &self.options.adamw,
-        );
+            &self.workers,
+        )?;
         self.objective.set_values(values)?;
         progress.step += 1;
         progress.epoch = progress.step / self.batches.per_epoch();
@@ -297,8 +296,8 @@ impl<'a, O: Objective> Run<'a, O> {
     }
 }
 
-/// The gradients of a batch: those of its parts, added from the first to the last.
-fn sum(parts: Vec<Gradients>) -> Gradients {
+/// The gradients of a batch, those of its parts added from the first to the last, and their Euclidean norm.
+fn sum(parts: Vec<Gradients>, workers: &Workers) -> Result<(Gradients, f64), TrainError> {
     let mut parts = parts.into_iter();
     let none = || Gradients {
         values: Vec::new(),
@@ -306,18 +305,22 @@ fn sum(parts: Vec<Gradients>) -> Gradients {
         watched: Vec::new(),
     };
     let mut all = parts.next().unwrap_or_else(none);
-    for part in parts {
-        for (sum, values) in all.values.iter_mut().zip(&part.values) {
+    let rest: Vec<Gradients> = parts.collect();
+    let squares = workers.map(all.values.iter_mut().enumerate(), |(index, sum)| {
+        for values in rest.iter().filter_map(|part| part.values.get(index)) {
             for (sum, value) in sum.iter_mut().zip(values) {
                 *sum += value;
             }
         }
+        Ok(square_sum(sum))
+    })?;
+    for part in &rest {
         all.loss += part.loss;
         for ((_, sum), (_, value)) in all.watched.iter_mut().zip(&part.watched) {
             *sum += value;
         }
     }
-    all
+    Ok((all, squares.into_iter().sum::<f64>().sqrt()))
 }
 
 /// What a run is, but for its threads and where it saves: a state goes on only with the same.

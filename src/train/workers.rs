@@ -1,6 +1,6 @@
 //! The threads that compute parts of a batch.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use super::TrainError;
@@ -18,21 +18,19 @@ impl Workers {
     ///
     /// # Errors
     /// The first error, in the order of the tasks; [`TrainError::Engine`] where the system gives no thread.
-    pub fn map<T: Sync, R: Send>(
+    pub fn map<T: Send, R: Send>(
         &self,
-        tasks: &[T],
-        work: impl Fn(&T) -> Result<R, TrainError> + Sync,
+        tasks: impl IntoIterator<Item = T, IntoIter: Send>,
+        work: impl Fn(T) -> Result<R, TrainError> + Sync,
     ) -> Result<Vec<R>, TrainError> {
-        let next = AtomicUsize::new(0);
+        let left = Mutex::new(tasks.into_iter().enumerate());
+        let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
         let take = || {
             let mut done = Vec::new();
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(task) = tasks.get(index) else {
-                    return done;
-                };
+            while let Some((index, task)) = next() {
                 done.push((index, work(task)));
             }
+            done
         };
         let joined = thread::scope(|scope| -> Result<Vec<_>, TrainError> {
             let start = |index| {

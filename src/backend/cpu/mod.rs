@@ -44,7 +44,7 @@ use rooms::{Quantised, Rooms, Shared};
 use simd::Level;
 
 pub use kv::KvMemory;
-pub use memory::trim_heap;
+pub use memory::{keep_heap, trim_heap};
 pub use pack::PackedMatrix;
 pub use simd::Isa;
 
