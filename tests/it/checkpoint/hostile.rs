@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use midpo::checkpoint::load;
 use proptest::prelude::*;
 
-use super::{Scratch, fixtures, routed};
+use super::{Scratch, copy_directory, fixtures, routed};
 
 /// The case's checkpoint: good/ with one file replaced, as the manifest says how.
 fn build_case(case: &serde_json::Value) -> (Scratch, PathBuf, String) {
@@ -210,23 +210,14 @@ impl Scratch {
     fn of_links(directory: &Path, replaced: &str, bytes: &[u8]) -> (Self, PathBuf) {
         let scratch = Self::new();
         let model = scratch.path().join("model");
-        link_directory(directory, &model);
+        copy_directory(directory, &model, |from, to| {
+            if fs::hard_link(from, to).is_err() {
+                fs::copy(from, to).unwrap();
+            }
+        });
         let file = model.join(replaced);
         fs::remove_file(&file).unwrap();
         fs::write(&file, bytes).unwrap();
         (scratch, model)
-    }
-}
-
-fn link_directory(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            link_directory(&entry.path(), &target);
-        } else if fs::hard_link(entry.path(), &target).is_err() {
-            fs::copy(entry.path(), &target).unwrap();
-        }
     }
 }

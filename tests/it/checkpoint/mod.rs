@@ -32,20 +32,23 @@ impl Scratch {
     pub fn of(fixture: &str) -> (Self, PathBuf) {
         let scratch = Self::new();
         let model = scratch.path().join("model");
-        copy_directory(&fixtures().join(fixture), &model);
+        copy_directory(&fixtures().join(fixture), &model, |from, to| {
+            fs::copy(from, to).unwrap();
+        });
         (scratch, model)
     }
 }
 
-fn copy_directory(from: &Path, to: &Path) {
+/// The directories of `from` under `to`; `file` makes each file of the one that is there.
+fn copy_directory(from: &Path, to: &Path, file: fn(&Path, &Path)) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let target = to.join(entry.file_name());
         if entry.file_type().unwrap().is_dir() {
-            copy_directory(&entry.path(), &target);
+            copy_directory(&entry.path(), &target, file);
         } else {
-            fs::copy(entry.path(), target).unwrap();
+            file(&entry.path(), &target);
         }
     }
 }
