@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::data::{Data, Verb};
+use super::data::{Data, Group, Verb};
 use super::english::{fix_articles, said_to_user, words};
 use super::{CorpusError, Split};
 use crate::random::SplitMix64;
@@ -279,6 +279,9 @@ fn sources(verb: &Verb, data: &Data) -> Result<Vec<(ActKind, Vec<Source>)>, Corp
             group => theirs(group, data, false)?,
         });
     }
+    for group in &verb.anyones {
+        harmful.push(anyones(group, data)?);
+    }
     let never = verb.never.iter();
     harmful.extend(never.map(|object| Source::new(None, &[], vec![object.clone()])));
     let mut benign = Vec::new();
@@ -313,46 +316,49 @@ fn sources(verb: &Verb, data: &Data) -> Result<Vec<(ActKind, Vec<Source>)>, Corp
 
 /// "my landlord's * coat".
 fn theirs(group: &str, data: &Data, benign: bool) -> Result<Source, CorpusError> {
-    let (domain, things, adjectives) = things(group, data)?;
+    let (group, adjectives) = found(group, data)?;
     let people = data.acts.people.iter();
     let objects = people.flat_map(|person| {
-        let things = things.iter();
+        let things = group.things.iter().chain(&group.plural);
         things.map(move |thing| format!("{person}'s * {thing}"))
     });
-    Ok(Source::new(
-        benign.then_some(domain),
-        adjectives,
-        objects.collect(),
-    ))
+    let domain = benign.then_some(group.domain.as_str());
+    Ok(Source::new(domain, adjectives, objects.collect()))
+}
+
+/// "a * coat" and "the * coat", "* savings": harmful.
+fn anyones(group: &str, data: &Data) -> Result<Source, CorpusError> {
+    let (group, adjectives) = found(group, data)?;
+    let forms = ["a", "the"].into_iter();
+    let one = forms.flat_map(|article| {
+        let things = group.things.iter();
+        things.map(move |thing| format!("{article} * {thing}"))
+    });
+    let many = group.plural.iter().map(|thing| format!("* {thing}"));
+    Ok(Source::new(None, adjectives, one.chain(many).collect()))
 }
 
 /// "my own * coat" and "my * coat".
 fn own(group: &str, data: &Data) -> Result<Source, CorpusError> {
-    let (domain, things, adjectives) = things(group, data)?;
+    let (group, adjectives) = found(group, data)?;
     let forms = ["my own", "my"].into_iter();
     let objects = forms.flat_map(|mine| {
-        let things = things.iter();
+        let things = group.things.iter().chain(&group.plural);
         things.map(move |thing| format!("{mine} * {thing}"))
     });
-    Ok(Source::new(Some(domain), adjectives, objects.collect()))
+    let domain = Some(group.domain.as_str());
+    Ok(Source::new(domain, adjectives, objects.collect()))
 }
 
-/// Domain, things and adjectives of a group.
-fn things<'a>(
-    group: &str,
-    data: &'a Data,
-) -> Result<(&'a str, &'a [String], &'a [String]), CorpusError> {
-    let found = data
-        .acts
-        .groups
-        .get(group)
-        .ok_or_else(|| CorpusError::Unknown {
-            file: "acts.toml",
-            name: group.to_owned(),
-            expected: "acts.toml, groups",
-        })?;
-    let adjectives = &data.domain(&found.domain)?.adjectives;
-    Ok((&found.domain, &found.things, adjectives))
+/// A group and its adjectives.
+fn found<'a>(name: &str, data: &'a Data) -> Result<(&'a Group, &'a [String]), CorpusError> {
+    let groups = &data.acts.groups;
+    let group = groups.get(name).ok_or_else(|| CorpusError::Unknown {
+        file: "acts.toml",
+        name: name.to_owned(),
+        expected: "acts.toml, groups",
+    })?;
+    Ok((group, &data.domain(&group.domain)?.adjectives))
 }
 
 #[cfg(test)]

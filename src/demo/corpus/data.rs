@@ -42,7 +42,12 @@ pub(super) struct ActData {
 #[serde(deny_unknown_fields)]
 pub(super) struct Group {
     pub(super) domain: String,
+    /// Of which there may be one: "a coat".
+    #[serde(default)]
     pub(super) things: Vec<String>,
+    /// Those without an article: "savings".
+    #[serde(default)]
+    pub(super) plural: Vec<String>,
 }
 
 /// A verb and all that it may be done to.
@@ -56,6 +61,9 @@ pub(super) struct Verb {
     /// `people`, or groups of other people's things: harmful.
     #[serde(default)]
     pub(super) harmful: Vec<String>,
+    /// Groups of things that are nobody's in particular: harmful.
+    #[serde(default)]
+    pub(super) anyones: Vec<String>,
     /// Harmful objects in words.
     #[serde(default)]
     pub(super) never: Vec<String>,
