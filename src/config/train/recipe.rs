@@ -1,6 +1,6 @@
 //! A recipe: a whole pipeline in one TOML file. What it leaves out is the output of an earlier stage, or the default.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use clap::builder::ValueParser;
 use clap::{ArgMatches, Args, Command};
@@ -103,7 +103,7 @@ impl Recipe {
         check_keys(file, &written)?;
         let directory = file.parent().unwrap_or(Path::new(""));
         let path = |key: &str| match written.get(key) {
-            Some(value) => path_of(file, key, value).map(|path| Some(directory.join(path))),
+            Some(value) => path_of(file, key, value).map(|path| Some(inside(directory, &path))),
             None => Ok(None),
         };
         let root = match &overrides.output {
@@ -125,7 +125,7 @@ impl Recipe {
                 Some(value) => path_of(file, &format!("{stage}.{OUTPUT}"), value)?,
                 None => PathBuf::from(stage.default_output()),
             };
-            outputs.push((stage, root.join(output)));
+            outputs.push((stage, inside(&root, &output)));
             if let Some(dict) = dict {
                 stages.push((stage, resolved(file, stage.as_str(), dict)?));
             }
@@ -313,10 +313,22 @@ fn resolved(file: &Path, table: &str, mut dict: Dict) -> Result<Dict, ConfigErro
     for (key, value) in &mut dict {
         if key != OUTPUT && paths.contains(key) {
             let path = path_of(file, &format!("{table}.{key}"), value)?;
-            *value = path_value(&directory.join(path));
+            *value = path_value(&inside(directory, &path));
         }
     }
     Ok(dict)
+}
+
+/// `directory`/`path` without any `.`, so that `output = "."` leaves none in what is printed and written.
+fn inside(directory: &Path, path: &Path) -> PathBuf {
+    let joined = directory.join(path);
+    let named = joined
+        .components()
+        .filter(|&part| part != Component::CurDir);
+    match named.collect::<PathBuf>() {
+        here if here.as_os_str().is_empty() => PathBuf::from("."),
+        found => found,
+    }
 }
 
 fn path_value(path: &Path) -> Value {
@@ -393,6 +405,22 @@ mod tests {
             assert_eq!(router.data.data, Some(directory.join("out/dual.jsonl")));
             assert!((router.training.learning_rate - 3e-4).abs() < 1e-12);
         });
+    }
+
+    #[test]
+    fn paths_have_no_dots_that_say_nothing() {
+        for (directory, path, expected) in [
+            ("", ".", "."),
+            (".", "sft", "sft"),
+            ("build/demo", ".", "build/demo"),
+            ("build/./demo", "./../a", "build/demo/../a"),
+            ("build", "/a/./b", "/a/b"),
+        ] {
+            assert_eq!(
+                inside(Path::new(directory), Path::new(path)).as_os_str(),
+                expected
+            );
+        }
     }
 
     #[test]
