@@ -12,7 +12,7 @@ use super::gemm::{Bf16s, F32s, Int8s, Target, Tile, Weights, panels_beside};
 use super::int8;
 use super::kv::{KvMemory, View, block_at, scales_at};
 use super::pool::Parts;
-use super::simd::{Kernel, LANES, Simd, exp, largest, load_some, store_some, sum};
+use super::simd::{Kernel, LANES, Simd, exp, load_some, store_some, sum};
 use crate::backend::ops::Heads;
 use crate::backend::{HostSequence, HostStep, StepLimits};
 use crate::types::{BLOCK_TOKENS, BlockId};
@@ -305,7 +305,7 @@ impl<'a> Context<'a> {
                 // SAFETY: a vector.
                 max = simd.max(max, unsafe { simd.load(vector.as_ptr()) });
             }
-            maxima[query] = largest(simd, max);
+            maxima[query] = simd.largest(max);
             // A row that sees nothing of this split is never merged; any finite maximum keeps its weights at 0.
             let max = simd.splat(maxima[query].max(f32::MIN));
             let mut total = simd.splat(0.0);

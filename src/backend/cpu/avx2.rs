@@ -51,6 +51,20 @@ fn add_products(mut sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     sum
 }
 
+/// As bf16, in the low halves of 32 bits.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn narrow(x: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(x);
+    let cut = _mm256_srli_epi32::<16>(bits);
+    let odd = _mm256_and_si256(cut, _mm256_set1_epi32(1));
+    let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+    let quiet = _mm256_or_si256(cut, _mm256_set1_epi32(0x40));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+    _mm256_blendv_epi8(rounded, quiet, nan)
+}
+
 // Every `unsafe` below is a call of an intrinsic of AVX2, FMA or F16C, which the processor has since `self` exists; where it
 // takes a pointer, the caller's contract makes it good for 16 items.
 impl Simd for Avx2 {
@@ -327,5 +341,37 @@ impl Simd for Avx2 {
     fn bits_to_float(self, a: Self::I) -> Self::F {
         // SAFETY: see above the impl.
         unsafe { [_mm256_castsi256_ps(a[0]), _mm256_castsi256_ps(a[1])] }
+    }
+
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        // SAFETY: see above the impl.
+        unsafe {
+            let eight = _mm256_max_ps(x[0], x[1]);
+            let four = _mm_max_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn any_nan(self, x: Self::F) -> bool {
+        // SAFETY: see above the impl.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(x[0], x[1])) != 0 }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, x: Self::F) {
+        // SAFETY: see above the impl.
+        unsafe {
+            let (low, high) = (narrow(x[0]), narrow(x[1]));
+            // Sixteen bits each, in the order 0, 2, 1, 3 of quarters until they are turned.
+            let packed = _mm256_packus_epi32(low, high);
+            let ordered = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+            _mm256_storeu_si256(to.cast(), ordered);
+        }
     }
 }

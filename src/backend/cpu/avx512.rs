@@ -43,6 +43,17 @@ fn pinned(mut a: __m512i) -> __m512i {
     a
 }
 
+/// See [`Simd::pin_floats`].
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn pinned_floats(mut a: __m512) -> __m512 {
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!("/* {0} */", inout(zmm_reg) a, options(nomem, nostack, preserves_flags));
+    }
+    a
+}
+
 // Every `unsafe` below is a call of an intrinsic of AVX-512F or VNNI, which the processor has since `self` exists; where it takes a
 // pointer, the caller's contract makes it good for 16 items.
 impl Simd for Avx512 {
@@ -240,6 +251,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn pin_floats(self, a: Self::F) -> Self::F {
+        // SAFETY: see above the impl.
+        unsafe { pinned_floats(a) }
+    }
+
+    #[inline(always)]
     fn to_float(self, a: Self::I) -> Self::F {
         // SAFETY: see above the impl.
         unsafe { _mm512_cvtepi32_ps(a) }
@@ -249,5 +266,33 @@ impl Simd for Avx512 {
     fn bits_to_float(self, a: Self::I) -> Self::F {
         // SAFETY: see above the impl.
         unsafe { _mm512_castsi512_ps(a) }
+    }
+
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_reduce_max_ps(x) }
+    }
+
+    #[inline(always)]
+    fn any_nan(self, x: Self::F) -> bool {
+        // SAFETY: see above the impl.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x) != 0 }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, x: Self::F) {
+        // SAFETY: see above the impl.
+        unsafe {
+            let bits = _mm512_castps_si512(x);
+            let cut = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(cut, _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+            let quiet = _mm512_set1_epi32(0x40);
+            let kept = _mm512_mask_or_epi32(rounded, nan, cut, quiet);
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(kept));
+        }
     }
 }

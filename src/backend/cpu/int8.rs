@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use super::gemm::Target;
 use super::quant::{QUAD, Quant, Sixteen};
-use super::simd::{Kernel, LANES, Simd, largest, load_some, store_some};
+use super::simd::{Kernel, LANES, Simd, load_some, store_some};
 use crate::backend::ops::{INT8_BLOCK, INT8_LEAST};
 use crate::dtype::DType;
 
@@ -155,14 +155,16 @@ fn quantise<S: Simd>(simd: S, x: &[f32; INT8_BLOCK]) -> Block {
         let zero = simd.splat(0.0);
         simd.max(simd.sub(zero, halves[0]), simd.sub(zero, halves[1]))
     });
-    let most = largest(simd, most);
-    // 0, but NaN where x has anything that is not finite: it must reach the outputs. No closure: an iterator that calls
-    // one is compiled without the kernel's instructions.
-    let broken = simd.add(
+    let most = simd.largest(most);
+    // 0, but NaN where x has anything that is not finite: it must reach the outputs.
+    let differences = simd.add(
         simd.sub(halves[0], halves[0]),
         simd.sub(halves[1], halves[1]),
     );
-    let broken = super::simd::sum(simd, broken);
+    let broken = match simd.any_nan(differences) {
+        true => f32::NAN,
+        false => 0.0,
+    };
     let mut block = Block::ZERO;
     if most < INT8_LEAST {
         return Block {

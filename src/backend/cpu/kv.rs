@@ -9,7 +9,7 @@ use half::bf16;
 
 use super::memory::{Arena, Memory};
 use super::pool::Parts;
-use super::simd::{LANES, Simd, largest, load_some, sum};
+use super::simd::{LANES, Simd, load_some, sum};
 use crate::backend::ops::HeadScale;
 use crate::backend::{BackendError, KvFormat, KvShape};
 use crate::types::{BLOCK_TOKENS, BlockId};
@@ -157,14 +157,12 @@ impl Cache<'_> {
         unsafe {
             match &self.store {
                 Store::F32(numbers) => {
-                    lay(numbers, k_at, BLOCK_TOKENS, k, |x| x);
-                    lay(numbers, v_at, 1, v, |x| x);
+                    lay(numbers, k_at, BLOCK_TOKENS, k);
+                    lay(numbers, v_at, 1, v);
                 }
                 Store::BF16(numbers) => {
-                    lay(numbers, k_at, BLOCK_TOKENS, k, |x| {
-                        bf16::from_f32(x).to_bits()
-                    });
-                    lay(numbers, v_at, 1, v, |x| bf16::from_f32(x).to_bits());
+                    lay_bf16(simd, numbers, k_at, BLOCK_TOKENS, k);
+                    lay_bf16(simd, numbers, v_at, 1, v);
                 }
                 Store::INT8(codes, scales) => {
                     let scales_at = scales_at(size, k_at - token) + token;
@@ -198,7 +196,7 @@ unsafe fn lay_integers<S: Simd>(
         most = simd.max(simd.max(x, simd.sub(zero, x)), most);
         broken = simd.fma(x, zero, broken);
     }
-    let rule = HeadScale::new(largest(simd, most), sum(simd, broken));
+    let rule = HeadScale::new(simd.largest(most), sum(simd, broken));
     let inverse = simd.splat(rule.inverse);
     let mut codes = [0i8; LANES];
     for first in (0..x.len()).step_by(LANES) {
@@ -208,33 +206,43 @@ unsafe fn lay_integers<S: Simd>(
             let x = load_some(simd, x[first..].as_ptr(), lanes);
             let rounded = simd.round(simd.mul(x, inverse));
             simd.store_i8(codes.as_mut_ptr(), rounded);
-            if stride == 1 {
-                to.slice(at + first, lanes).copy_from_slice(&codes[..lanes]);
-                continue;
-            }
-            for (i, code) in codes.iter().enumerate().take(lanes) {
-                to.slice(at + (first + i) * stride, 1)[0] = *code;
-            }
+            lay(to, at + first * stride, stride, &codes[..lanes]);
         }
     }
     rule.scale
 }
 
-/// Writes what `kept` makes of each number, `stride` apart from `at` on.
+/// Writes a head as bf16, `stride` apart from `at` on.
 ///
 /// # Safety
 /// Nobody else may use what is written.
 #[inline(always)]
-unsafe fn lay<T>(to: &Parts<'_, T>, at: usize, stride: usize, x: &[f32], kept: impl Fn(f32) -> T) {
+unsafe fn lay_bf16<S: Simd>(simd: S, to: &Parts<'_, u16>, at: usize, stride: usize, x: &[f32]) {
+    let mut kept = [0u16; LANES];
+    for first in (0..x.len()).step_by(LANES) {
+        let lanes = LANES.min(x.len() - first);
+        // SAFETY: within x, and by contract.
+        unsafe {
+            let x = load_some(simd, x[first..].as_ptr(), lanes);
+            simd.store_bf16(kept.as_mut_ptr(), x);
+            lay(to, at + first * stride, stride, &kept[..lanes]);
+        }
+    }
+}
+
+/// Writes numbers `stride` apart from `at` on.
+///
+/// # Safety
+/// Nobody else may use what is written.
+#[inline(always)]
+unsafe fn lay<T: Copy>(to: &Parts<'_, T>, at: usize, stride: usize, x: &[T]) {
     // SAFETY: by contract.
     unsafe {
         if stride == 1 {
-            let to = to.slice(at, x.len());
-            to.iter_mut().zip(x).for_each(|(to, x)| *to = kept(*x));
-            return;
+            return to.slice(at, x.len()).copy_from_slice(x);
         }
         for (i, x) in x.iter().enumerate() {
-            to.slice(at + i * stride, 1)[0] = kept(*x);
+            to.slice(at + i * stride, 1)[0] = *x;
         }
     }
 }

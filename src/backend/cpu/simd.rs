@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+use half::bf16;
+
 use super::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512};
@@ -213,10 +215,43 @@ pub trait Simd: Copy {
     fn pin(self, a: Self::I) -> Self::I {
         a
     }
+    /// As [`Simd::pin`]: a tile of sums leaves no room for operands that are loaded long before they are used.
+    #[inline(always)]
+    fn pin_floats(self, a: Self::F) -> Self::F {
+        a
+    }
     /// Integers as floats.
     fn to_float(self, a: Self::I) -> Self::F;
     /// The bits of integers taken for floats.
     fn bits_to_float(self, a: Self::I) -> Self::F;
+
+    /// The largest lane; any, where one is NaN.
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        fold(to_array(self, x), f32::max)
+    }
+
+    /// Whether a lane is NaN.
+    #[inline(always)]
+    fn any_nan(self, x: Self::F) -> bool {
+        let mut any = false;
+        for lane in to_array(self, x) {
+            any |= lane.is_nan();
+        }
+        any
+    }
+
+    /// Writes 16 numbers as bf16, rounded as [`bf16::from_f32`] does.
+    ///
+    /// # Safety
+    /// They must be writable.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, x: Self::F) {
+        for (i, lane) in to_array(self, x).into_iter().enumerate() {
+            // SAFETY: by contract.
+            unsafe { to.add(i).write(bf16::from_f32(lane).to_bits()) };
+        }
+    }
 }
 
 /// Lanes 0..lanes are loaded, the others are 0.
@@ -265,12 +300,6 @@ pub fn to_array<S: Simd>(simd: S, x: S::F) -> [f32; LANES] {
 #[inline(always)]
 pub fn sum<S: Simd>(simd: S, x: S::F) -> f32 {
     fold(to_array(simd, x), |a, b| a + b)
-}
-
-/// The largest lane.
-#[inline(always)]
-pub fn largest<S: Simd>(simd: S, x: S::F) -> f32 {
-    fold(to_array(simd, x), f32::max)
 }
 
 #[inline(always)]
@@ -383,6 +412,41 @@ mod tests {
                 let got = sums.map(|sums| sums[lane] as i32);
                 assert_eq!(got, want, "{level:?} lane {lane}");
                 assert_eq!(bytes[lane], x[4 * lane + 3] as i8, "{level:?} lane {lane}");
+            }
+        }
+    }
+
+    struct Lanes<'a>(&'a [f32; LANES], &'a mut (f32, bool, [u16; LANES]));
+
+    impl Kernel for Lanes<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            // SAFETY: the arrays are LANES numbers.
+            unsafe {
+                let x = simd.load(self.0.as_ptr());
+                self.1.0 = simd.largest(x);
+                self.1.1 = simd.any_nan(x);
+                simd.store_bf16(self.1.2.as_mut_ptr(), x);
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_lane_is_found_and_bf16_is_rounded_as_the_crate_does() {
+        // All signs, exponents and ways to round, NaN among them.
+        let bits = (0..1u32 << 17).map(|i| i << 15 | [0, 1, 0x3fff, 0x7fff][i as usize / 3 % 4]);
+        let numbers: Vec<f32> = bits.map(f32::from_bits).collect();
+        for level in levels() {
+            for x in numbers.as_chunks::<LANES>().0 {
+                let mut got = (0.0, false, [0; LANES]);
+                level.run(Lanes(x, &mut got));
+                let (largest, nan, kept) = got;
+                assert_eq!(nan, x.iter().any(|x| x.is_nan()), "{level:?} {x:?}");
+                if !nan {
+                    let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    assert_eq!(largest, most, "{level:?} {x:?}");
+                }
+                assert_eq!(kept, x.map(|x| bf16::from_f32(x).to_bits()), "{level:?}");
             }
         }
     }

@@ -101,6 +101,9 @@ impl<W: Weights, const R: usize, const P: usize> Kernel for Tile<'_, W, R, P> {
                         for p in 0..P {
                             sums[r][p] = simd.fma(x, w[p], sums[r][p]);
                         }
+                        for p in 0..P {
+                            sums[r][p] = simd.pin_floats(sums[r][p]);
+                        }
                     }
                 }
                 x = x.add(self.count);
