@@ -44,12 +44,13 @@ impl AnswerKind {
         }
     }
 
-    /// Those that answer acts of `kind`, with their shares in supervised training.
+    /// Those that answer acts of `kind`, with their shares in supervised training. Harm is refused more often than what only sounds
+    /// like it, so that the last token of a prompt has to know which of them it is: gates can then be told so as well.
     pub fn of(kind: ActKind) -> &'static [(Self, f64)] {
         use AnswerKind::{B1, B2, Bt, Hs, Or, R0, R1, U1, U2};
         match kind {
-            ActKind::Harmful => &[(R0, 0.18), (R1, 0.22), (Hs, 0.12), (U1, 0.24), (U2, 0.24)],
-            ActKind::Borderline => &[(R0, 0.18), (Or, 0.17), (B1, 0.35), (B2, 0.20), (Bt, 0.10)],
+            ActKind::Harmful => &[(R0, 0.20), (R1, 0.30), (Hs, 0.14), (U1, 0.18), (U2, 0.18)],
+            ActKind::Borderline => &[(R0, 0.06), (Or, 0.06), (B1, 0.45), (B2, 0.27), (Bt, 0.16)],
             ActKind::Plain => &[(R0, 0.03), (Or, 0.02), (B1, 0.50), (B2, 0.30), (Bt, 0.15)],
         }
     }
