@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use candle_core::quantized::GgmlDType;
-use midpo::checkpoint::{BaseTensors, HostTensor, LlamaConfig, RopeScaling};
+use midpo::checkpoint::{BaseTensors, HostTensor, RopeScaling};
 use midpo::dtype::DType;
+use midpo::types::TokenId;
 
 use super::convert::{GQA_FILES, NAMES, encode, gqa, interleave, routed, tensors};
 use super::load;

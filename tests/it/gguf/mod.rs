@@ -12,7 +12,7 @@ use std::path::Path;
 
 use midpo::checkpoint::{BaseTensors, CheckpointError, LlamaConfig, Sources, TextParts, Verify};
 
-use crate::gguf_file::{GgufFile, Written};
+use crate::gguf_file::GgufFile;
 
 type Parts = (LlamaConfig, BaseTensors, TextParts);
 
