@@ -32,21 +32,10 @@ unsafe fn start<K: Kernel>(simd: Avx512, kernel: K) {
     kernel.run(simd);
 }
 
-/// See [`Simd::pin`].
+/// See [`Simd::pin`] and [`Simd::pin_floats`].
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn pinned(mut a: __m512i) -> __m512i {
-    // SAFETY: no instruction at all.
-    unsafe {
-        asm!("/* {0} */", inout(zmm_reg) a, options(nomem, nostack, preserves_flags));
-    }
-    a
-}
-
-/// See [`Simd::pin_floats`].
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn pinned_floats(mut a: __m512) -> __m512 {
     // SAFETY: no instruction at all.
     unsafe {
         asm!("/* {0} */", inout(zmm_reg) a, options(nomem, nostack, preserves_flags));
@@ -253,7 +242,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn pin_floats(self, a: Self::F) -> Self::F {
         // SAFETY: see above the impl.
-        unsafe { pinned_floats(a) }
+        unsafe { _mm512_castsi512_ps(pinned(_mm512_castps_si512(a))) }
     }
 
     #[inline(always)]
